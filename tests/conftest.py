@@ -1,0 +1,73 @@
+"""Shared by all tests: the scripts are imported from, and run in, the repository's root or a temporary folder."""
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+os.environ.setdefault("WANDB_MODE", "disabled")
+torch.set_num_threads(1)
+
+
+def start(script: str, *args: object, cwd: Path, **environment: str) -> subprocess.Popen:
+    """Starts `python SCRIPT ARGS` in the folder cwd, with its output captured as text."""
+    return subprocess.Popen(
+        [sys.executable, str(ROOT / script), *map(str, args)],
+        cwd=cwd,
+        env=os.environ | environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def run(script: str, *args: object, cwd: Path, **environment: str) -> subprocess.CompletedProcess:
+    """Runs `python SCRIPT ARGS` in the folder cwd to its end."""
+    process = start(script, *args, cwd=cwd, **environment)
+    stdout, stderr = process.communicate(timeout=300)
+    return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
+
+
+def run_dir_of(cwd: Path) -> Path:
+    """The only run in cwd/runs."""
+    (run_dir,) = (cwd / "runs").iterdir()
+    return run_dir
+
+
+def wait_until(condition, seconds: float = 60):
+    """Polls until condition() is true and returns its value; fails after that many seconds."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if value := condition():
+            return value
+        time.sleep(0.01)
+    pytest.fail(f"nothing after {seconds} seconds")
+
+
+def load(run_dir: Path) -> dict:
+    """The checkpoint of a run."""
+    return torch.load(run_dir / "checkpoint.pt", weights_only=True)
+
+
+def scalars(run_dir: Path, name: str) -> list[tuple[int, float]]:
+    """(step, value) of every TensorBoard event of that name, purged events left out."""
+    events = EventAccumulator(str(run_dir), size_guidance={"scalars": 0}).Reload()
+    return [(event.step, event.value) for event in events.Scalars(name)]
+
+
+@pytest.fixture
+def ppo(tmp_path, monkeypatch):
+    """The module ppo, in an empty folder of its own, so that its runs/ stays there."""
+    import ppo
+
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    return ppo
