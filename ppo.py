@@ -251,7 +251,7 @@ def save_checkpoint(run_dir: Path, args: Args, iteration: int, agent: Agent, opt
 def load_checkpoint(run_dir: str | Path) -> dict:
     """What save_checkpoint wrote, on the CPU. Refuses a file that is missing, damaged or of another script."""
     try:
-        checkpoint = torch.load(Path(run_dir, "checkpoint.pt"), map_location="cpu", weights_only=True)
+        checkpoint = dict(torch.load(Path(run_dir, "checkpoint.pt"), map_location="cpu", weights_only=True))
         if checkpoint["script"] != Path(__file__).stem:
             raise ValueError(f"belongs to {checkpoint['script']}.py")
     except Exception as error:  # torch.load raises many kinds

@@ -32,7 +32,7 @@ def start(script: str, *args: object, cwd: Path, **environment: str) -> subproce
 def run(script: str, *args: object, cwd: Path, **environment: str) -> subprocess.CompletedProcess:
     """Runs `python SCRIPT ARGS` in the folder cwd to its end."""
     process = start(script, *args, cwd=cwd, **environment)
-    stdout, stderr = process.communicate(timeout=300)
+    stdout, stderr = process.communicate(timeout=100)
     return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
 
 
