@@ -119,7 +119,7 @@ class Categorical:
     def __init__(self, logits: torch.Tensor):
         self.logprobs = logits.log_softmax(-1)
 
-    def sample(self) -> torch.Tensor:  # [B], by the Gumbel-max trick of baselines/common/distributions.py#L200-L202
+    def sample(self) -> torch.Tensor:  # [B], by the Gumbel-max trick, as in baselines/common/distributions.py
         return (self.logprobs - torch.empty_like(self.logprobs).exponential_().log_()).argmax(-1)
 
     def log_prob(self, action: torch.Tensor) -> torch.Tensor:  # [B] -> [B]
@@ -181,7 +181,7 @@ def compute_gae(rewards, values, dones, next_value, gamma: float, gae_lambda: fl
 
 
 def ppo_loss(agent: Agent, mb: dict[str, torch.Tensor], args: Args) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """mb {name: [M, ...]} -> loss [], {statistic: []}. Equation 9 of the paper; baselines/ppo2/model.py#L62-L91."""
+    """mb {name: [M, ...]} -> loss [], {statistic: []}. Equation 9 of the paper; baselines/ppo2/model.py#L68-L91."""
     distribution, value = agent(mb["obs"])
     logratio = distribution.log_prob(mb["actions"]) - mb["logprobs"]
     ratio = logratio.exp()

