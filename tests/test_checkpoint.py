@@ -52,6 +52,22 @@ def test_kill_leaves_a_whole_checkpoint(tmp_path, attempt):
     assert logged == [BATCH * (i + 1) for i in range(iteration + 2)]
 
 
+def test_save_that_breaks_off_leaves_the_last_checkpoint(ppo, tmp_path, monkeypatch):
+    """Fails when the checkpoint is written in place."""
+    ppo.main(ppo.Args(total_timesteps=BATCH))
+    run_dir = run_dir_of(tmp_path)
+    before = (run_dir / "checkpoint.pt").read_bytes()
+
+    def break_off(checkpoint, path):
+        path.write_bytes(before[:1000])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(torch, "save", break_off)
+    with pytest.raises(KeyboardInterrupt):
+        ppo.main(ppo.Args(**load(run_dir)["args"] | {"resume": str(run_dir), "total_timesteps": 2 * BATCH}))
+    assert (run_dir / "checkpoint.pt").read_bytes() == before
+
+
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
 def test_signals_finish_the_iteration_and_save(tmp_path, signum):
     """Fails without the handlers, without the save, or with another exit code."""
