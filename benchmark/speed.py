@@ -1,7 +1,7 @@
 """Steps per second of ppo.py beside Stable-Baselines3's PPO: one machine, one environment, the same hyperparameters.
 
     pip install -e ".[benchmark]"
-    python benchmark/speed.py                       # CartPole-v1, 5 runs of each, about 3 minutes
+    python benchmark/speed.py                       # CartPole-v1, 5 runs of each
     python benchmark/speed.py --steps 50000 --repeats 3 --save benchmark/results/speed_cartpole.json
 
 The contestants take turns, each run in a process of its own, because shared machines change their speed from minute to
