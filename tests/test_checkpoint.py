@@ -35,7 +35,7 @@ def started(cwd, *args):
 
 @pytest.mark.parametrize("attempt", range(10))
 def test_kill_leaves_a_whole_checkpoint(tmp_path, attempt):
-    """Fails when the checkpoint is written in place, or before the flush, or when later events are not purged."""
+    """Fails without purge_step, and now and then when the checkpoint is written in place."""
     process, run_dir = started(tmp_path)
     time.sleep(random.random())
     process.kill()
@@ -50,6 +50,16 @@ def test_kill_leaves_a_whole_checkpoint(tmp_path, attempt):
     assert load(run_dir)["iteration"] == iteration + 2
     logged = [step for step, _ in scalars(run_dir, "losses/value_loss")]
     assert logged == [BATCH * (i + 1) for i in range(iteration + 2)]
+
+
+def test_events_are_flushed_before_each_checkpoint(ppo, monkeypatch):
+    """Fails without writer.flush(), or when it comes after the save."""
+    calls = []
+    flush, save = ppo.SummaryWriter.flush, ppo.save_checkpoint
+    monkeypatch.setattr(ppo.SummaryWriter, "flush", lambda writer: (calls.append("flush"), flush(writer)))
+    monkeypatch.setattr(ppo, "save_checkpoint", lambda *args: (calls.append("save"), save(*args)))
+    ppo.main(ppo.Args(total_timesteps=2 * BATCH, checkpoint_interval=1))
+    assert calls[:5] == ["save", "flush", "save", "flush", "save"]
 
 
 def test_save_that_breaks_off_leaves_the_last_checkpoint(ppo, tmp_path, monkeypatch):
