@@ -14,6 +14,7 @@ PPO is Schulman et al. (2017), arXiv:1707.06347. `# Detail N` marks details 1-13
 Shapes: T = num_steps, N = num_envs, B = T * N (one rollout), M = B // num_minibatches (one minibatch), A actions.
 """
 
+import argparse
 import functools
 import os
 import random
@@ -297,9 +298,8 @@ def main(args: Args) -> float:
         except wandb.Error as error:
             refuse(f"--track: {error} Run `wandb login`, or set WANDB_MODE=offline")
     writer = SummaryWriter(str(run_dir), purge_step=first_step + 1, max_queue=1000)  # at 10, training waits for it
-    writer.add_text(
-        "hyperparameters", "".join(f"- {name}: {value}\n" for name, value in asdict(args).items()), first_step
-    )
+    hyperparameters = "".join(f"- {name}: {value}\n" for name, value in asdict(args).items())
+    writer.add_text("hyperparameters", hyperparameters, first_step)
     bar = tqdm(total=args.num_iterations * args.batch_size, initial=first_step, unit=" steps", disable=None)
     received = []  # signals, heeded when the iteration is complete
     for signum in (signal.SIGINT, signal.SIGTERM):
@@ -333,7 +333,7 @@ def main(args: Args) -> float:
                 if args.bootstrap_truncated and (cut := truncated & ~terminated).any():
                     final_obs = torch.as_tensor(np.stack(infos["final_obs"][cut]), dtype=torch.float32, device=device)
                     rewards[t, cut] += args.gamma * agent(final_obs)[1].cpu().numpy()
-                if "final_info" in infos:
+                if "episode" in infos.get("final_info", ()):
                     episode = infos["final_info"]["episode"]
                     for i in np.flatnonzero(infos["final_info"]["_episode"]):
                         recent_returns.append(float(episode["r"][i]))
@@ -393,7 +393,7 @@ def main(args: Args) -> float:
 
 
 if __name__ == "__main__":
-    cli_args = tyro.cli(Args)
-    if cli_args.resume:  # a resumed run keeps its arguments, except those that the command line gives anew
-        cli_args = tyro.cli(Args, default=Args(**load_checkpoint(cli_args.resume)["args"]))
-    main(cli_args)
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--resume")
+    run_dir = parser.parse_known_args()[0].resume  # this run keeps its arguments, except those given anew
+    main(tyro.cli(Args, default=Args(**(load_checkpoint(run_dir)["args"] if run_dir else {}))))

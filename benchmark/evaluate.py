@@ -6,6 +6,7 @@
 Actions are sampled, as in training, so that the returns compare with training's.
 """
 
+import dataclasses
 import importlib
 import sys
 from dataclasses import dataclass
@@ -55,27 +56,35 @@ def evaluate(args: Args) -> list[float]:
     checkpoint = script.load_checkpoint(args.run_dir)
     torch.manual_seed(args.seed)
     torch.set_num_threads(1)
-    env = script.make_env(
-        script.Args(**checkpoint["args"]), args.run_dir / "evaluation" if args.capture_video else None
+    envs = script.make_envs(
+        dataclasses.replace(script.Args(**checkpoint["args"]), num_envs=1, num_minibatches=1),
+        args.run_dir / "evaluation" if args.capture_video else None,
     )
+    if "envs" in checkpoint:  # the statistics that observations were normalised by
+        envs.load_state_dict(checkpoint["envs"])
+        envs.frozen = True
     if args.capture_video:
-        film_every_episode(env)
-    agent = script.Agent(env.observation_space, env.action_space)
+        film_every_episode(envs)
+    agent = script.Agent(envs.single_observation_space, envs.single_action_space)
     agent.load_state_dict(checkpoint["agent"])
+    memory = [torch.ones(1, dtype=torch.bool), torch.zeros(2, 1, 128)] if hasattr(agent, "lstm") else []
     returns = []
-    with torch.inference_mode():
-        for episode in tqdm(range(args.episodes), unit=" episodes", disable=None):
-            obs, info = env.reset(seed=args.seed if episode == 0 else None)
-            while "episode" not in info:
-                action, _, _ = agent.act(torch.as_tensor(obs, dtype=torch.float32).unsqueeze(0))
-                obs, _, _, _, info = env.step(action.squeeze(0).numpy())
-            returns.append(float(info["episode"]["r"]))
-    env.close()
+    obs, _ = envs.reset(seed=args.seed)
+    with torch.inference_mode(), tqdm(total=args.episodes, unit=" episodes", disable=None) as bar:
+        while len(returns) < args.episodes:
+            action, _, _, *state = agent.act(torch.as_tensor(obs, dtype=torch.float32), *memory)
+            obs, _, terminated, truncated, infos = envs.step(action.numpy())
+            memory = [torch.from_numpy(terminated | truncated), *state] if memory else []
+            if "episode" in infos.get("final_info", ()):
+                returns.append(float(infos["final_info"]["episode"]["r"][0]))
+                bar.update()
+    envs.close()
     return returns
 
 
-def film_every_episode(env: gym.Env) -> None:
+def film_every_episode(envs: gym.vector.VectorEnv) -> None:
     """RecordVideo films ever fewer episodes of a training; of an evaluation, all are wanted."""
+    (env,) = envs.unwrapped.envs
     while not isinstance(env, gym.wrappers.RecordVideo):
         env = env.env
     env.episode_trigger = lambda episode: True

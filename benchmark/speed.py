@@ -1,15 +1,18 @@
-"""Steps per second of ppo.py beside Stable-Baselines3's PPO: one machine, one environment, the same hyperparameters.
+"""Steps per second of a script beside Stable-Baselines3's PPO: one machine, one environment, the same hyperparameters.
 
-    pip install -e ".[benchmark]"
-    python benchmark/speed.py                       # CartPole-v1, 5 runs of each
-    python benchmark/speed.py --steps 50000 --repeats 3 --save benchmark/results/speed_cartpole.json
+    pip install -e ".[all]"
+    python benchmark/speed.py                       # ppo.py on CartPole-v1, 5 runs of each
+    python benchmark/speed.py --script ppo_continuous_action --save benchmark/results/speed_halfcheetah.json
+    python benchmark/speed.py --script ppo_atari --repeats 3
 
 The contestants take turns, each run in a process of its own, because shared machines change their speed from minute to
-minute: only the ratio of medians means something. All log to TensorBoard and compute on one thread. The first iteration
-is left out of the measurement, and with it the start of the program and what `--compile` takes to compile.
+minute: only the ratio of medians means something. All log to TensorBoard and compute on the same number of threads, one
+for MLPs. Stable-Baselines3 normalises (VecNormalize) and preprocesses (its Atari wrappers) where the script does. The
+first iteration is left out of the measurement, and with it the start of the program and the time to compile.
 """
 
 import datetime
+import importlib
 import json
 import os
 import platform
@@ -21,45 +24,52 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import tyro
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
-CONTESTANTS = ("stable-baselines3", "ppo.py", "ppo.py --compile")
+STEPS = {"ppo": 100_000, "ppo_continuous_action": 40_960, "ppo_atari": 8_192}  # of one run, about a minute or less
 
 
 @dataclass
 class Args:
-    env_id: str = "CartPole-v1"  # environment that all train on
-    steps: int = 100_000  # environment steps of one run
+    script: Literal["ppo", "ppo_continuous_action", "ppo_atari"] = "ppo"  # the script to measure
+    env_id: str | None = None  # environment that all train on; the script's default if not given
+    steps: int | None = None  # environment steps of one run
     repeats: int = 5  # runs of each contestant
     save: Path | None = None  # file to write the measurements to, as JSON
     run: str | None = None  # only run this contestant, once, and print its steps/s (the child processes use it)
 
 
-def ours(env_id: str, steps: int, compile: bool) -> float:
-    """-> steps/s of ppo.py, from the times of its TensorBoard events."""
+def arguments(args: Args, **changes):
+    """-> the script's module, and its arguments for one run."""
     sys.path.insert(0, str(ROOT))
+    script = importlib.import_module(args.script)
+    changes |= {"env_id": args.env_id} if args.env_id else {}
+    return script, script.Args(total_timesteps=args.steps or STEPS[args.script], cuda=False, **changes)
+
+
+def ours(args: Args, compile: bool) -> float:
+    """-> steps/s of the script, from the times of its TensorBoard events."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    import ppo
-
-    ppo.main(ppo.Args(env_id=env_id, total_timesteps=steps, cuda=False, compile=compile))
+    script, script_args = arguments(args, compile=compile)
+    script.main(script_args)
     events = EventAccumulator(str(next(Path("runs").iterdir())), size_guidance={"scalars": 0}).Reload()
     first, *_, last = events.Scalars("charts/SPS")
     return (last.step - first.step) / (last.wall_time - first.wall_time)
 
 
-def stable_baselines3(env_id: str, steps: int) -> float:
-    """-> steps/s of Stable-Baselines3's PPO with ppo.py's defaults."""
-    sys.path.insert(0, str(ROOT))
+def stable_baselines3(speed_args: Args) -> float:
+    """-> steps/s of Stable-Baselines3's PPO with the script's defaults."""
+    script, args = arguments(speed_args)
     import torch
     from stable_baselines3 import PPO
     from stable_baselines3.common.callbacks import BaseCallback
-    from stable_baselines3.common.env_util import make_vec_env
-
-    import ppo
+    from stable_baselines3.common.env_util import make_atari_env, make_vec_env
+    from stable_baselines3.common.vec_env import VecFrameStack, VecNormalize
 
     class Clock(BaseCallback):
         def _init_callback(self):
@@ -71,11 +81,17 @@ def stable_baselines3(env_id: str, steps: int) -> float:
         def _on_step(self):
             return True
 
-    torch.set_num_threads(1)
-    args, clock = ppo.Args(env_id=env_id, total_timesteps=steps), Clock()
+    if speed_args.script == "ppo_atari":
+        envs = VecFrameStack(make_atari_env(args.env_id, n_envs=args.num_envs, seed=args.seed), 4)
+    else:
+        torch.set_num_threads(1)
+        envs = make_vec_env(args.env_id, n_envs=args.num_envs, seed=args.seed)
+    if speed_args.script == "ppo_continuous_action":
+        envs = VecNormalize(envs, gamma=args.gamma)
+    clock = Clock()
     PPO(
-        "MlpPolicy",
-        make_vec_env(env_id, n_envs=args.num_envs, seed=args.seed),
+        "CnnPolicy" if speed_args.script == "ppo_atari" else "MlpPolicy",
+        envs,
         learning_rate=lambda remaining: args.learning_rate * remaining,
         n_steps=args.num_steps,
         batch_size=args.minibatch_size,
@@ -107,17 +123,16 @@ def machine() -> str:
 
 def main(args: Args) -> dict[str, list[float]]:
     """-> {contestant: steps/s of each run}."""
+    contestants = ("stable-baselines3", f"{args.script}.py", f"{args.script}.py --compile")
     if args.run:
-        if args.run == "stable-baselines3":
-            print(stable_baselines3(args.env_id, args.steps))
-        else:
-            print(ours(args.env_id, args.steps, compile=args.run.endswith("--compile")))
+        sb3 = args.run == contestants[0]
+        print(stable_baselines3(args) if sb3 else ours(args, compile=args.run.endswith("--compile")))
         return {}
-    measured = {name: [] for name in CONTESTANTS}
-    turns = [name for _ in range(args.repeats) for name in CONTESTANTS]
+    measured = {name: [] for name in contestants}
+    turns = [name for _ in range(args.repeats) for name in contestants]
     for name in (bar := tqdm(turns, unit=" runs")):
         bar.set_postfix_str(name)
-        command = [sys.executable, __file__, "--run", name, "--env-id", args.env_id, "--steps", str(args.steps)]
+        command = [sys.executable, __file__, *sys.argv[1:], "--run", name]
         with tempfile.TemporaryDirectory() as folder:
             child = subprocess.run(command, cwd=folder, capture_output=True, text=True)
         if child.returncode:
@@ -126,18 +141,17 @@ def main(args: Args) -> dict[str, list[float]]:
     medians = {name: statistics.median(speeds) for name, speeds in measured.items()}
     for name, speeds in measured.items():
         runs = " ".join(f"{speed:6.0f}" for speed in speeds)
-        print(
-            f"{name:18} {runs}   median {medians[name]:6.0f} steps/s, {medians[name] / medians[CONTESTANTS[0]]:.2f} x"
-        )
+        ratio = medians[name] / medians[contestants[0]]
+        print(f"{name:35} {runs}   median {medians[name]:6.0f} steps/s, {ratio:.2f} x")
     if args.save:
         record = {
             "command": shlex.join(["python", "benchmark/speed.py", *sys.argv[1:]]),
             "date": datetime.date.today().isoformat(),
             "machine": machine(),
-            "env_id": args.env_id,
-            "steps": args.steps,
+            "env_id": arguments(args)[1].env_id,
+            "steps": arguments(args)[1].total_timesteps,
             "steps_per_second": {name: [round(speed) for speed in speeds] for name, speeds in measured.items()},
-            "ratio": {name: round(medians[name] / medians[CONTESTANTS[0]], 2) for name in CONTESTANTS},
+            "ratio": {name: round(medians[name] / medians[contestants[0]], 2) for name in contestants},
         }
         args.save.write_text(json.dumps(record, indent=2) + "\n")
     return measured
