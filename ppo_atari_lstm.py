@@ -17,7 +17,6 @@ Shapes: T = num_steps, N = num_envs, B = T * N (one rollout), M = B // num_minib
 
 import argparse
 import functools
-import itertools
 import os
 import random
 import signal
@@ -251,18 +250,21 @@ class Agent(nn.Module):
         # Detail 22: scaling images to [0, 1]
         images = obs.to(torch.float32, memory_format=torch.channels_last) / 255  # the layout that convolves fastest
         hidden = self.network(images)
-        hidden, starts = (x.unflatten(0, (-1, state.shape[1])) for x in (hidden, starts))  # [K, N, ...]
-        # between two steps at which any episode begins, the LSTM runs in one call
-        cuts = [0, *(starts[1:].any(1).nonzero().flatten() + 1).tolist(), len(starts)]
+        hidden, state = self.remember(*(x.unflatten(0, (-1, state.shape[1])) for x in (hidden, starts)), state)
+        return Categorical(self.actor(hidden)), self.critic(hidden).squeeze(-1), state
+
+    def remember(self, hidden, starts, state) -> tuple[torch.Tensor, torch.Tensor]:
+        """hidden [K, N, 512], starts [K, N], state [2, N, 128] -> the LSTM's outputs [K * N, 128], state after them."""
         outputs = []
-        for first, end in itertools.pairwise(cuts):
+        # one call from each step at which any environment begins an episode to the next such step
+        cuts = [0, *(starts[1:].any(1).nonzero().flatten() + 1).tolist(), len(starts)]
+        for first, end in zip(cuts, cuts[1:], strict=False):
             # Detail 34: LSTM states reset at episode ends
             state = state * (~starts[first]).to(state).unsqueeze(-1)
             output, state = self.lstm(hidden[first:end], tuple(state.split(1)))
             outputs.append(output)
             state = torch.cat(state)
-        hidden = torch.cat(outputs).flatten(0, 1)
-        return Categorical(self.actor(hidden)), self.critic(hidden).squeeze(-1), state
+        return torch.cat(outputs).flatten(0, 1), state
 
     def act(self, obs, starts, state) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         """One step, as in forward -> sampled action [N], its log-probability [N], value [N], state [2, N, 128]."""
@@ -330,8 +332,7 @@ def clipped_gradient(agent: Agent, params: list, mb: dict[str, torch.Tensor], ar
 
 @functools.cache
 def compiled_gradient():
-    torch._dynamo.config.trace_autograd_ops = True  # lets torch.autograd.grad into the compiled graph
-    return torch.compile(clipped_gradient, fullgraph=True)
+    return torch.compile(clipped_gradient)  # in parts: the LSTM is called as often as episodes demand
 
 
 def train_step(agent: Agent, optimizer: torch.optim.Optimizer, mb: dict[str, torch.Tensor], args: Args) -> dict:
