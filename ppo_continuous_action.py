@@ -84,7 +84,7 @@ class Args:
     def __post_init__(self):
         task, _, version = self.env_id.rpartition("-v")
         if version in ("2", "3") and f"{task}-v4" in gym.registry:  # commands of older papers go on working
-            print(f"{self.env_id} is retired; {task}-v4 is the same task, and is used instead", file=sys.stderr)
+            print(f"{self.env_id} is retired: training its successor {task}-v4 instead", file=sys.stderr)
             self.env_id = f"{task}-v4"
         limits = {"gamma": (0, 1), "gae_lambda": (0, 1), "ent_coef": (0, 1e9), "vf_coef": (0, 1e9), "seed": (0, 2**31)}
         for name, value in vars(self).items():

@@ -81,12 +81,16 @@ def test_save_that_breaks_off_leaves_the_last_checkpoint(ppo, tmp_path, monkeypa
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
 def test_signals_finish_the_iteration_and_save(tmp_path, signum):
     """Fails without the handlers, without the save, or with another exit code."""
-    process, run_dir = started(tmp_path)
+    process = start("ppo.py", "--total-timesteps", 10_000_000, "--checkpoint-interval", 1_000_000, cwd=tmp_path)
+    wait_until(lambda: list(tmp_path.glob("runs/*/checkpoint.pt")) or process.poll() is not None)
+    run_dir = run_dir_of(tmp_path)
+    time.sleep(0.5)  # some iterations that no checkpoint holds
     process.send_signal(signum)
     stdout, stderr = process.communicate(timeout=60)
     assert process.returncode == 128 + signum
     assert "Traceback" not in stderr
     iteration = load(run_dir)["iteration"]
+    assert iteration >= 1
     assert [step for step, _ in scalars(run_dir, "losses/value_loss")][-1] == BATCH * iteration
     (command,) = [line.removeprefix("to go on: python ") for line in stdout.splitlines() if "--resume" in line]
     script, *args = shlex.split(command)

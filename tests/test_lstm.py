@@ -256,15 +256,15 @@ def test_run_resumes_in_its_folder(trained):
 
 
 def test_sigint_saves_and_exits(tmp_path):
-    """Fails without the handlers."""
-    args = [*SMALL, "--total-timesteps", 1_000_000, "--checkpoint-interval", 1]
+    """Fails without the handlers, or without the save."""
+    args = [*SMALL, "--total-timesteps", 1_000_000, "--checkpoint-interval", 1_000_000]
     process = start("ppo_atari_lstm.py", *args, cwd=tmp_path)
     wait_until(lambda: list(tmp_path.glob("runs/*/checkpoint.pt")) or process.poll() is not None)
-    wait_until(lambda: load(run_dir_of(tmp_path))["iteration"] >= 1)
+    time.sleep(2)  # some iterations that no checkpoint holds
     process.send_signal(signal.SIGINT)
     stdout, stderr = process.communicate(timeout=60)
     assert process.returncode == 130 and "Traceback" not in stderr
-    assert "--resume" in stdout
+    assert "--resume" in stdout and load(run_dir_of(tmp_path))["iteration"] >= 1
 
 
 def test_same_seed_same_weights(lstm, tmp_path, monkeypatch):
