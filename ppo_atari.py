@@ -16,6 +16,7 @@ Shapes: T = num_steps, N = num_envs, B = T * N (one rollout), M = B // num_minib
 """
 
 import argparse
+import ctypes
 import functools
 import os
 import random
@@ -182,9 +183,8 @@ def make_env(args: Args, video_dir: Path | None = None) -> gym.Env:
     env = EpisodicLife(env)  # Detail 16: EpisodicLifeEnv
     if env.unwrapped.get_action_meanings()[1] == "FIRE":
         env = ActOnReset(env, lambda rng: (1, 2))  # Detail 17: FireResetEnv
-    env = gym.wrappers.TransformObservation(
-        env, warp, gym.spaces.Box(0, 255, (84, 84), np.uint8)
-    )  # Detail 18: WarpFrame
+    grey = gym.spaces.Box(0, 255, (84, 84), np.uint8)
+    env = gym.wrappers.TransformObservation(env, warp, grey)  # Detail 18: WarpFrame
     env = gym.wrappers.TransformReward(env, np.sign)  # Detail 19: ClipRewardEnv
     return gym.wrappers.FrameStackObservation(env, 4)  # Detail 20: FrameStack
 
@@ -238,7 +238,7 @@ class Agent(nn.Module):
     def forward(self, obs: torch.Tensor) -> tuple[Categorical, torch.Tensor]:
         """obs [B, ...] -> distribution over actions, value [B]."""
         # Detail 22: scaling images to [0, 1]
-        images = obs.to(torch.float32, memory_format=torch.channels_last) / 255  # the layout that convolves fastest
+        images = obs.to(torch.float32, memory_format=torch.channels_last, copy=True).div_(255)
         hidden = self.network(images)
         return Categorical(self.actor(hidden)), self.critic(hidden).squeeze(-1)
 
@@ -361,6 +361,9 @@ def main(args: Args) -> float:
         seed(args.seed)
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it, cuBLAS is not deterministic
     torch.use_deterministic_algorithms(args.torch_deterministic, warn_only=True)
+    if sys.platform == "linux":  # keep freed memory: to fetch it anew, page by page, slows every minibatch
+        for threshold in (-1, -3):  # malloc.h's M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
+            ctypes.CDLL(None).mallopt(threshold, 2**31 - 1)
     device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
     first_iteration, recent_returns = checkpoint["iteration"], deque(checkpoint["returns"], maxlen=100)
     global_step = first_step = first_iteration * args.batch_size
@@ -389,7 +392,9 @@ def main(args: Args) -> float:
 
     shape = (args.num_steps, args.num_envs)  # [T, N]
     buffer = {name: torch.zeros(shape, device=device) for name in ("logprobs", "values", "advantages", "returns")}
-    buffer["obs"] = torch.zeros((*shape, *envs.single_observation_space.shape), dtype=torch.uint8, device=device)
+    frames, height, width = envs.single_observation_space.shape
+    pixels = torch.zeros((*shape, height, width, frames), dtype=torch.uint8, device=device)
+    buffer["obs"] = pixels.movedim(-1, 2)  # [T, N, frames, height, width], laid out as they convolve fastest
     buffer["actions"] = torch.zeros(shape, dtype=torch.int64, device=device)
     rows = [{name: x[t] for name, x in buffer.items()} for t in range(args.num_steps)]  # views, cheaper than indexing
     rewards, dones = np.zeros(shape, np.float32), np.zeros(shape, bool)  # these stay on the host

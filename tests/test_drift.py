@@ -28,7 +28,10 @@ EQUAL = {
 }
 # lines that `diff A B` marks
 BUDGETS = {
-    ("ppo.py", "ppo_atari.py"): 165,  # 25 over the first plan: a missing extra ends in one line, ids are checked
+    (
+        "ppo.py",
+        "ppo_atari.py",
+    ): 170,  # 30 over the first plan: missing extras end in one line, memory is kept and laid out
     ("ppo.py", "ppo_continuous_action.py"): 155,  # 75 over: details 28-31 with statistics that environments share,
     # kept in checkpoints, stand in the file; no library has them as baselines had
     ("ppo_atari.py", "ppo_atari_lstm.py"): 90,
