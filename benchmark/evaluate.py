@@ -84,9 +84,11 @@ def evaluate(args: Args) -> list[float]:
 
 def film_every_episode(envs: gym.vector.VectorEnv) -> None:
     """RecordVideo films ever fewer episodes of a training; of an evaluation, all are wanted."""
-    (env,) = envs.unwrapped.envs
-    while not isinstance(env, gym.wrappers.RecordVideo):
-        env = env.env
+    env = envs.unwrapped
+    if isinstance(env, gym.vector.SyncVectorEnv):
+        (env,) = env.envs
+        while not isinstance(env, gym.wrappers.RecordVideo):
+            env = env.env
     env.episode_trigger = lambda episode: True
 
 
