@@ -159,13 +159,14 @@ class Games(gym.vector.VectorEnv):
         self.done = terminated | truncated
         self.returns += rewards
         self.lengths += infos["valid"]
-        if self.done.any():
+        game_over = self.done
+        if game_over.any():
             episode = {"r": self.returns.copy(), "l": self.lengths.copy()}
-            infos["final_info"] = {"episode": episode, "_episode": self.done}
-            self.returns[self.done] = self.lengths[self.done] = 0
+            infos["final_info"] = {"episode": episode, "_episode": game_over}
+            self.returns[game_over] = self.lengths[game_over] = 0
         if self.video_dir and self.episode_trigger(self.game):
             self.film.append(self.engine.render()[0])
-        if self.done[0]:
+        if game_over[0]:
             self.save_film()
         return obs, rewards, terminated, truncated, infos
 
@@ -255,7 +256,7 @@ class Categorical:
 
 
 class ResidualBlock(nn.Module):
-    """images [B, C, H, W] -> [B, C, H, W]; baselines/common/models.py#L42-L52."""
+    """images [B, C, H, W] -> [B, C, H, W]; build_impala_cnn in baselines/common/models.py#L28."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -401,9 +402,7 @@ def load_checkpoint(run_dir: str | Path) -> dict:
 def main(args: Args) -> float:
     """Trains -> mean return of the last 100 episodes, NaN if none has ended."""
     checkpoint = load_checkpoint(args.resume) if args.resume else {"iteration": 0, "returns": []}
-    for name in (
-        ("env_id", "distribution_mode", "num_envs", "num_steps") if args.resume else ()
-    ):  # its weights and steps rest on these
+    for name in ("env_id", "distribution_mode", "num_envs", "num_steps") if args.resume else ():  # it rests on these
         if getattr(args, name) != checkpoint["args"][name]:
             refuse(f"--resume {args.resume}: cannot change its {name}, {checkpoint['args'][name]}")
     run_name = f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}".replace("/", "-")

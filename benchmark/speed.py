@@ -4,11 +4,15 @@
     python benchmark/speed.py                       # ppo.py on CartPole-v1, 5 runs of each
     python benchmark/speed.py --script ppo_continuous_action --save benchmark/results/speed_halfcheetah.json
     python benchmark/speed.py --script ppo_atari --repeats 3
+    python benchmark/speed.py --script ppo_atari_envpool --repeats 3     # beside ppo_atari.py, on Breakout
 
 The contestants take turns, each run in a process of its own, because shared machines change their speed from minute to
 minute: only the ratio of medians means something. All log to TensorBoard and compute on the same number of threads, one
 for MLPs. Stable-Baselines3 normalises (VecNormalize) and preprocesses (its Atari wrappers) where the script does. The
 first iteration is left out of the measurement, and with it the start of the program and the time to compile.
+
+ppo_atari_envpool.py's gain is in the environments, so they are also measured alone, with random buttons: their share of
+a training step is the ratio of the two speeds, the rest is the network's.
 """
 
 import datetime
@@ -26,16 +30,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import tyro
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
-STEPS = {"ppo": 100_000, "ppo_continuous_action": 40_960, "ppo_atari": 8_192}  # of one run, about a minute or less
+# environment steps of one run, about a minute or less
+STEPS = {"ppo": 100_000, "ppo_continuous_action": 40_960, "ppo_atari": 8_192, "ppo_atari_envpool": 8_192}
+ALONE = ", environments alone"
 
 
 @dataclass
 class Args:
-    script: Literal["ppo", "ppo_continuous_action", "ppo_atari"] = "ppo"  # the script to measure
+    script: Literal["ppo", "ppo_continuous_action", "ppo_atari", "ppo_atari_envpool"] = "ppo"  # the script to measure
     env_id: str | None = None  # environment that all train on; the script's default if not given
     steps: int | None = None  # environment steps of one run
     repeats: int = 5  # runs of each contestant
@@ -43,19 +50,41 @@ class Args:
     run: str | None = None  # only run this contestant, once, and print its steps/s (the child processes use it)
 
 
-def arguments(args: Args, **changes):
-    """-> the script's module, and its arguments for one run."""
+def contestants(args: Args) -> list[str]:
+    """-> the names of all, the one that the others are compared with first."""
+    ours = [f"{args.script}.py", f"{args.script}.py --compile"]
+    if args.script == "ppo_atari_envpool":
+        return ["ppo_atari.py", *ours, f"ppo_atari.py{ALONE}", f"{args.script}.py{ALONE}"]
+    return ["stable-baselines3", *ours]
+
+
+def arguments(args: Args, name: str | None = None, **changes):
+    """-> the module of the script, or of the contestant of that name, and its arguments for one run."""
     sys.path.insert(0, str(ROOT))
-    script = importlib.import_module(args.script)
-    changes |= {"env_id": args.env_id} if args.env_id else {}
+    script = importlib.import_module(name.partition(".py")[0] if name else args.script)
+    if args.env_id or args.script == "ppo_atari_envpool":
+        changes["env_id"] = args.env_id or "BreakoutNoFrameskip-v4"
     return script, script.Args(total_timesteps=args.steps or STEPS[args.script], cuda=False, **changes)
 
 
-def ours(args: Args, compile: bool) -> float:
-    """-> steps/s of the script, from the times of its TensorBoard events."""
+def environments_alone(args: Args) -> float:
+    """-> steps/s of a script's environments, with random actions."""
+    script, script_args = arguments(args, args.run)
+    envs = script.make_envs(script_args)
+    envs.reset(seed=list(range(envs.num_envs)))
+    size = script_args.total_timesteps // envs.num_envs, envs.num_envs
+    actions = np.random.default_rng(0).integers(0, envs.single_action_space.n, size)
+    start_time = time.time()
+    for action in actions:
+        envs.step(action)
+    return actions.size / (time.time() - start_time)
+
+
+def ours(args: Args) -> float:
+    """-> steps/s of a script, from the times of its TensorBoard events."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    script, script_args = arguments(args, compile=compile)
+    script, script_args = arguments(args, args.run, compile=args.run.endswith("--compile"))
     script.main(script_args)
     events = EventAccumulator(str(next(Path("runs").iterdir())), size_guidance={"scalars": 0}).Reload()
     first, *_, last = events.Scalars("charts/SPS")
@@ -123,13 +152,12 @@ def machine() -> str:
 
 def main(args: Args) -> dict[str, list[float]]:
     """-> {contestant: steps/s of each run}."""
-    contestants = ("stable-baselines3", f"{args.script}.py", f"{args.script}.py --compile")
     if args.run:
-        sb3 = args.run == contestants[0]
-        print(stable_baselines3(args) if sb3 else ours(args, compile=args.run.endswith("--compile")))
+        measure = stable_baselines3 if args.run == "stable-baselines3" else ours
+        print((environments_alone if args.run.endswith(ALONE) else measure)(args))
         return {}
-    measured = {name: [] for name in contestants}
-    turns = [name for _ in range(args.repeats) for name in contestants]
+    measured = {name: [] for name in contestants(args)}
+    turns = [name for _ in range(args.repeats) for name in measured]
     for name in (bar := tqdm(turns, unit=" runs")):
         bar.set_postfix_str(name)
         command = [sys.executable, __file__, *sys.argv[1:], "--run", name]
@@ -139,10 +167,14 @@ def main(args: Args) -> dict[str, list[float]]:
             sys.exit(child.stderr)
         measured[name].append(float(child.stdout.split()[-1]))
     medians = {name: statistics.median(speeds) for name, speeds in measured.items()}
+    first = next(iter(measured))  # like is compared with like
+    ratio = {name: medians[name] / medians[first + ALONE * name.endswith(ALONE)] for name in measured}
     for name, speeds in measured.items():
         runs = " ".join(f"{speed:6.0f}" for speed in speeds)
-        ratio = medians[name] / medians[contestants[0]]
-        print(f"{name:35} {runs}   median {medians[name]:6.0f} steps/s, {ratio:.2f} x")
+        print(f"{name:42} {runs}   median {medians[name]:6.0f} steps/s, {ratio[name]:.2f} x")
+    share = {name: medians[name] / medians[name + ALONE] for name in measured if name + ALONE in measured}
+    for name, part in share.items():
+        print(f"{name}: the environments take {part:.0%} of a step, the network the rest")
     if args.save:
         record = {
             "command": shlex.join(["python", "benchmark/speed.py", *sys.argv[1:]]),
@@ -151,8 +183,10 @@ def main(args: Args) -> dict[str, list[float]]:
             "env_id": arguments(args)[1].env_id,
             "steps": arguments(args)[1].total_timesteps,
             "steps_per_second": {name: [round(speed) for speed in speeds] for name, speeds in measured.items()},
-            "ratio": {name: round(medians[name] / medians[contestants[0]], 2) for name in contestants},
+            "ratio": {name: round(value, 2) for name, value in ratio.items()},
         }
+        if share:
+            record["share_of_environments"] = {name: round(part, 2) for name, part in share.items()}
         args.save.write_text(json.dumps(record, indent=2) + "\n")
     return measured
 

@@ -57,6 +57,7 @@ def test_script_metadata_equals_pyproject(script):
     assert metadata["requires-python"] == PROJECT["requires-python"]
     extras = {"ppo.py": [], "ppo_continuous_action.py": ["mujoco"]}
     extras |= {"ppo_atari.py": ["atari"], "ppo_atari_lstm.py": ["atari"]}
+    extras |= {"ppo_atari_envpool.py": ["envpool"], "ppo_procgen.py": ["procgen"]}
     wanted = PROJECT["dependencies"] + [pin for e in extras[script] for pin in PROJECT["optional-dependencies"][e]]
     assert metadata["dependencies"] == wanted
 
