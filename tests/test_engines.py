@@ -160,13 +160,16 @@ def test_every_experience_once_an_epoch_and_nothing_else(script, scripted, spied
     assert not plans[1][7][0] and not plans[0][8][0]  # the rollout's last row; the next one's first
     epochs = [spied.minibatches[i : i + 2] for i in range(0, 12, 2)]
     assert len(spied.minibatches) == 12
+    orders = []
     for number, epoch in enumerate(epochs):
         rollout = range(8 * (number // 2), 8 * (number // 2) + 8)
         expected = [(i, t) for i in range(3) for t in rollout if plans[i][t][0]]
         learned = [identity(mb["obs"]) for mb in epoch]
         assert sorted(sum(learned, [])) == expected
         assert abs(len(learned[0]) - len(learned[1])) <= 1
-        assert sum(learned, []) != expected
+        orders.append(sum(learned, []))
+    in_time = [sorted(order, key=lambda row: row[::-1]) for order in orders]
+    assert orders[0] != orders[1] and all(order not in (sorted(order), in_time[i]) for i, order in enumerate(orders))
     for rollout, gae in enumerate(spied.gae):
         dones = [[bool(plans[i][8 * rollout + t][1]) for i in range(3)] for t in range(8)]
         assert gae["dones"].tolist() == dones
@@ -435,6 +438,7 @@ def test_engine_beside_the_wrappers(game):
                 return noops
         pytest.fail("EnvPool begins an episode in another way")
 
+    assert engine.spec.config.max_episode_steps == 108_000 // 4
     obs, infos = engine.reset()
     emulator.reset(seed=1)
     noops, differences, done = {begin(infos["ram"])}, 0, False
@@ -471,6 +475,20 @@ def test_engine_beside_the_wrappers(game):
         assert differences > 100  # the maximum of luminances is not the luminance of the maxima
     else:
         assert differences == 0 and len(noops) > 2 and infos["terminated"][0] == 1
+
+
+def test_engine_clips_rewards_for_the_learner_alone():
+    """Detail 19. Fails without reward_clip: a bean of MsPacman is worth 10 points."""
+    import ppo_atari_envpool as script
+
+    played = play(script, 150, env_id="MsPacman-v5", num_envs=2)
+    assert {reward for _, rewards, *_ in played[1:] for reward in rewards} == {0.0, 1.0}
+    engine = script.make_envs(script.Args(env_id="MsPacman-v5", num_envs=2)).make_engine(seed=3)
+    engine.reset()
+    rng = np.random.default_rng(0)
+    raw = [engine.step(rng.integers(0, 9, 2))[4]["reward"] for _ in range(150)]
+    assert np.max(raw) >= 10
+    np.testing.assert_array_equal(np.sign(raw), [rewards for _, rewards, *_ in played[1:]])
 
 
 def test_impala_network():
