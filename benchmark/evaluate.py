@@ -8,6 +8,7 @@ Actions are sampled, as in training, so that the returns compare with training's
 
 import dataclasses
 import importlib
+import inspect
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,10 +70,12 @@ def evaluate(args: Args) -> list[float]:
     agent.load_state_dict(checkpoint["agent"])
     memory = [torch.ones(1, dtype=torch.bool), torch.zeros(2, 1, 128)] if hasattr(agent, "lstm") else []
     returns = []
-    obs, _ = envs.reset(seed=args.seed)
+    obs, infos = envs.reset(seed=args.seed)
+    masked = "action_mask" in inspect.signature(agent.act).parameters
     with torch.inference_mode(), tqdm(total=args.episodes, unit=" episodes", disable=None) as bar:
         while len(returns) < args.episodes:
-            action, _, _, *state = agent.act(torch.as_tensor(obs, dtype=torch.float32), *memory)
+            inputs = [torch.from_numpy(infos["action_mask"])] if masked else memory
+            action, _, _, *state = agent.act(torch.as_tensor(obs, dtype=torch.float32), *inputs)
             obs, _, terminated, truncated, infos = envs.step(action.numpy())
             memory = [torch.from_numpy(terminated | truncated), *state] if memory else []
             if "episode" in infos.get("final_info", ()):

@@ -35,7 +35,7 @@ def functions(path: Path) -> set[str]:
 def test_index_comments_and_tests_agree():
     """Fails when a detail is missing from the index, the code or the tests, or is called by another name."""
     details = index()
-    assert list(details) == [*map(str, range(1, 37)), "A1", "A3"]
+    assert list(details) == [*map(str, range(1, 38)), "A1", "A3", "A4"]
     for script in SCRIPTS:
         for number, name in comments(script):
             assert name.lower() == details[number]["name"].lower(), (script, number)
@@ -58,6 +58,7 @@ def test_script_metadata_equals_pyproject(script):
     extras = {"ppo.py": [], "ppo_continuous_action.py": ["mujoco"]}
     extras |= {"ppo_atari.py": ["atari"], "ppo_atari_lstm.py": ["atari"]}
     extras |= {"ppo_atari_envpool.py": ["envpool"], "ppo_procgen.py": ["procgen"]}
+    extras |= {"ppo_multidiscrete.py": ["microrts"], "ppo_multidiscrete_mask.py": ["microrts"]}
     wanted = PROJECT["dependencies"] + [pin for e in extras[script] for pin in PROJECT["optional-dependencies"][e]]
     assert metadata["dependencies"] == wanted
 
