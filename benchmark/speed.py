@@ -5,14 +5,15 @@
     python benchmark/speed.py --script ppo_continuous_action --save benchmark/results/speed_halfcheetah.json
     python benchmark/speed.py --script ppo_atari --repeats 3
     python benchmark/speed.py --script ppo_atari_envpool --repeats 3     # beside ppo_atari.py, on Breakout
+    python benchmark/speed.py --script ppo_multidiscrete_mask            # beside ppo_multidiscrete.py
 
 The contestants take turns, each run in a process of its own, because shared machines change their speed from minute to
 minute: only the ratio of medians means something. All log to TensorBoard and compute on the same number of threads, one
 for MLPs. Stable-Baselines3 normalises (VecNormalize) and preprocesses (its Atari wrappers) where the script does. The
 first iteration is left out of the measurement, and with it the start of the program and the time to compile.
 
-ppo_atari_envpool.py's gain is in the environments, so they are also measured alone, with random buttons: their share of
-a training step is the ratio of the two speeds, the rest is the network's.
+The last two have environments of special engines, which are also measured alone, with random actions: their share of a
+training step is the ratio of the two speeds, the rest is the network's.
 """
 
 import datetime
@@ -30,19 +31,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
+import gymnasium as gym
 import tyro
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
 # environment steps of one run, about a minute or less
 STEPS = {"ppo": 100_000, "ppo_continuous_action": 40_960, "ppo_atari": 8_192, "ppo_atari_envpool": 8_192}
+STEPS["ppo_multidiscrete_mask"] = 40_960
+BESIDE = {"ppo_atari_envpool": "ppo_atari.py", "ppo_multidiscrete_mask": "ppo_multidiscrete.py"}
 ALONE = ", environments alone"
 
 
 @dataclass
 class Args:
-    script: Literal["ppo", "ppo_continuous_action", "ppo_atari", "ppo_atari_envpool"] = "ppo"  # the script to measure
+    script: Literal[tuple(STEPS)] = "ppo"  # the script to measure
     env_id: str | None = None  # environment that all train on; the script's default if not given
     steps: int | None = None  # environment steps of one run
     repeats: int = 5  # runs of each contestant
@@ -53,8 +56,8 @@ class Args:
 def contestants(args: Args) -> list[str]:
     """-> the names of all, the one that the others are compared with first."""
     ours = [f"{args.script}.py", f"{args.script}.py --compile"]
-    if args.script == "ppo_atari_envpool":
-        return ["ppo_atari.py", *ours, f"ppo_atari.py{ALONE}", f"{args.script}.py{ALONE}"]
+    if other := BESIDE.get(args.script):
+        return [other, *ours, f"{other}{ALONE}", f"{args.script}.py{ALONE}"]
     return ["stable-baselines3", *ours]
 
 
@@ -72,12 +75,13 @@ def environments_alone(args: Args) -> float:
     script, script_args = arguments(args, args.run)
     envs = script.make_envs(script_args)
     envs.reset(seed=list(range(envs.num_envs)))
-    size = script_args.total_timesteps // envs.num_envs, envs.num_envs
-    actions = np.random.default_rng(0).integers(0, envs.single_action_space.n, size)
+    space = gym.vector.utils.batch_space(envs.single_action_space, envs.num_envs)
+    space.seed(0)
+    actions = [space.sample() for _ in range(script_args.total_timesteps // envs.num_envs)]
     start_time = time.time()
     for action in actions:
         envs.step(action)
-    return actions.size / (time.time() - start_time)
+    return len(actions) * envs.num_envs / (time.time() - start_time)
 
 
 def ours(args: Args) -> float:
