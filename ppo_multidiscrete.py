@@ -425,6 +425,7 @@ def main(args: Args) -> float:
         seed(args.seed)
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it, cuBLAS is not deterministic
     torch.use_deterministic_algorithms(args.torch_deterministic, warn_only=True)
+    torch.set_num_threads(1)  # on layers this small, more threads are slower
     if sys.platform == "linux":  # keep freed memory: to fetch it anew, page by page, slows every minibatch
         for threshold in (-1, -3):  # malloc.h's M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
             ctypes.CDLL(None).mallopt(threshold, 2**31 - 1)
