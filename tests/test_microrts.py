@@ -10,6 +10,7 @@ import math
 import signal
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import gymnasium as gym
 import numpy as np
@@ -103,6 +104,16 @@ def test_observation_is_one_hot_in_five_layers(mining):
     obs, *_ = mining.step(action(1, 1, MOVE, DOWN))
     unit = np.split(obs, np.cumsum(sizes)[:-1], -1)[3].argmax(-1)
     assert unit[2, 1] == 4 and unit[1, 1] == 0
+
+
+def test_values_beyond_the_planes_count_as_the_last():
+    """Fails without the clip, or with that of another layer."""
+    layers = np.random.default_rng(0).integers(0, 12, (5, 10, 10))
+    env = ppo_multidiscrete.Microrts(MINING)
+    obs, _ = env.observe(SimpleNamespace(observation=layers))
+    sizes = [5, 5, 3, 8, 6]
+    expected = [np.eye(size)[layer.clip(0, size - 1)] for size, layer in zip(sizes, layers, strict=True)]
+    np.testing.assert_array_equal(obs, np.concatenate(expected, -1))
 
 
 def test_a_worker_mines(mining):
