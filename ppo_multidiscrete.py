@@ -20,6 +20,7 @@ import argparse
 import ctypes
 import difflib
 import functools
+import gc
 import importlib.metadata
 import importlib.util
 import os
@@ -112,8 +113,10 @@ TASKS = {  # opponent, weights of the rewards, time limit in steps
     "MicrortsRandomEnemyShapedReward3-v1": ("RandomBiasedSingleUnitAI", (5, 1, 1, 0.2, 1, 7, 0.2), 600),
 }
 HIT_POINTS, RESOURCES, OWNER, UNIT, BUSY = range(5)  # the engine's layers, [5, 10, 10]
-PLANES = np.array([5, 5, 3, 8, 6])  # values that each of them can have
+PLANES = np.array([[5], [5], [3], [8], [6]])  # values that each of them can have
 PLAYER, SIZE = 0, 10  # we are the first player, on a map of 10 x 10 fields
+# of each layer and field, where its planes begin in the observation [10, 10, 27], flattened
+FIRST_PLANE = np.arange(SIZE * SIZE) * PLANES.sum() + np.cumsum(PLANES)[:, None] - PLANES  # [5, 100]
 FRAME_SKIP = 9  # frames that pass, besides its own, at every step
 
 
@@ -139,6 +142,7 @@ def start_java() -> None:
     flags = "-Djava.awt.headless=true", "-XX:+UseSerialGC", "--enable-native-access=ALL-UNNAMED"
     options = dict(classpath=[f"{folder}/microrts.jar"], ignoreUnrecognized=True, convertStrings=False)
     jpype.startJVM(java, *flags, **options, interrupt=False)
+    gc.freeze()  # with each collection of Java's comes one of Python's, slow over all that is imported
     signal.signal(signal.SIGINT, signal.getsignal(signal.SIGINT))  # Ctrl-C stays Python's
     nowhere = jpype.JClass("java.io.OutputStream").nullOutputStream()  # the engine prints
     jpype.JClass("java.lang.System").setOut(jpype.JClass("java.io.PrintStream")(nowhere))
@@ -185,22 +189,22 @@ class Microrts(gym.Env):
     def step(self, action):
         if self.opponent != "PassiveAI":
             set_field(jpype.JClass("util.Sampler"), "generator", self.random)  # one for all games, if let alone
-        response = self.client.step(jpype.JArray(jpype.JInt, 2)([action]), FRAME_SKIP, PLAYER)
+        response = self.client.step([action], FRAME_SKIP, PLAYER)
         rewards = np.array(response.reward)
-        rewards[-1] = rewards[-1].clip(-1, 1)
+        rewards[-1] = min(max(rewards[-1], -1), 1)
         obs, info = self.observe(response)
         return obs, float(rewards @ self.weights), bool(response.done[0]), False, info
 
     def observe(self, response) -> tuple[np.ndarray, dict]:
         self.layers = np.array(response.observation)
-        values = self.layers.reshape(5, -1).T.clip(0, PLANES - 1) + np.cumsum(PLANES) - PLANES  # [100, 5]
-        obs = np.zeros((SIZE * SIZE, PLANES.sum()), np.uint8)
-        np.put_along_axis(obs, values, 1, axis=1)
+        fields = self.layers.reshape(5, -1)
+        obs = np.zeros(self.observation_space.shape, np.uint8)
+        obs.put(FIRST_PLANE + np.minimum(fields, PLANES - 1), 1)
         mask = np.ones(self.action_space.nvec.sum(), bool)
-        free = self.layers[BUSY].ravel() == 0
-        mask[: SIZE * SIZE] = free & (self.layers[OWNER].ravel() == 1)
-        mask[-SIZE * SIZE :] = free & (self.layers[OWNER].ravel() == 2)
-        return obs.reshape(self.observation_space.shape), {"action_mask": mask}
+        free = fields[BUSY] == 0
+        mask[: SIZE * SIZE] = free & (fields[OWNER] == 1)
+        mask[-SIZE * SIZE :] = free & (fields[OWNER] == 2)
+        return obs, {"action_mask": mask}
 
     def render(self) -> np.ndarray:
         """-> RGB [320, 320, 3]: units by colour, in a frame of their owner's; green dots are resources."""

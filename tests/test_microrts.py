@@ -5,6 +5,7 @@ Loss, advantages, optimizer and checkpoints are ppo.py's, and tested there.
 
 import contextlib
 import copy
+import gc
 import importlib
 import math
 import signal
@@ -132,6 +133,11 @@ def test_a_worker_mines(mining):
         assert reward == expected, chosen
     assert total == 2 and not terminated and not truncated
     assert mining.unwrapped.layers[1, 0, 0] == 19
+
+
+def test_java_does_not_make_python_collect_what_is_imported(mining):
+    """Fails without gc.freeze: each of Java's collections brings one of Python's over every object there is."""
+    assert gc.get_freeze_count() > len(gc.get_objects())
 
 
 def test_weights_and_clip_of_the_rewards(monkeypatch):
