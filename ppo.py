@@ -234,7 +234,7 @@ def train_step(agent: Agent, optimizer: torch.optim.Optimizer, mb: dict[str, tor
     params = optimizer.param_groups[0]["params"]
     gradient, stats = (compiled_gradient() if args.compile else clipped_gradient)(agent, params, mb, args)
     for param, param_gradient in zip(params, gradient, strict=True):
-        param.grad = param_gradient
+        param.grad = param_gradient.contiguous()  # as the weights lie in memory: fused Adam pairs them by address
     optimizer.step()
     return stats
 
