@@ -1,0 +1,201 @@
+"""benchmark/run.py: runs that fail, are killed, are stopped half-way and gone on with; here and through submitit."""
+
+import importlib
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import submitit
+from conftest import ROOT, load, scalars, wait_until
+
+RUN = ROOT / "benchmark" / "run.py"
+PPO = f"{sys.executable} {ROOT / 'ppo.py'}"
+LONG = "--total-timesteps 20000000 --checkpoint-interval 5"
+
+
+def start(cwd: Path, command: str, *args: object, **environment: str) -> subprocess.Popen:
+    """Starts `python benchmark/run.py --command COMMAND ARGS` in the folder cwd."""
+    words = [sys.executable, str(RUN), "--command", command, *map(str, args)]
+    env = os.environ | environment
+    return subprocess.Popen(words, cwd=cwd, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def run(cwd: Path, command: str, *args: object, **environment: str) -> subprocess.CompletedProcess:
+    process = start(cwd, command, *args, **environment)
+    stdout, stderr = process.communicate(timeout=200)
+    return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
+
+
+def runs(cwd: Path, name: str = "") -> list[Path]:
+    """Folders of the runs whose name begins so."""
+    return sorted(path for path in (cwd / "runs").glob(f"{name}*") if path.name != "logs")
+
+
+def trainers(cwd: Path) -> dict[int, str]:
+    """Process IDs and commands of all ppo.py that run in the folder cwd."""
+    found = {}
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            words = (process / "cmdline").read_text().split("\0")
+            if str(ROOT / "ppo.py") == words[1] and (process / "cwd").resolve() == cwd.resolve():
+                found[int(process.name)] = " ".join(words)
+        except (OSError, IndexError):  # it ended meanwhile, or is no program
+            pass
+    return found
+
+
+def iteration(cwd: Path, name: str) -> int:
+    """How far the checkpoint of the only run of that name is."""
+    folders = [path for path in runs(cwd, name) if (path / "checkpoint.pt").exists()]
+    return load(folders[0])["iteration"] if folders else 0
+
+
+def test_a_failing_run_does_not_stop_the_others(tmp_path):
+    """Fails when the others do not run, when nothing is said of the failure, or when the exit code hides it."""
+    command = f"{PPO} --total-timesteps 1024"
+    result = run(tmp_path, command, "--env-ids", "NoSuch-v0", "CartPole-v1", "--num-seeds", 1)
+    assert result.returncode == 1
+    assert "NoSuch-v0__ppo__1: failed, runs/logs/NoSuch-v0__ppo__1.log ends with\n$ " in result.stderr
+    assert "ppo.py: --env-id NoSuch-v0" in result.stderr and "Traceback" not in result.stderr
+    assert re.search(r"CartPole-v1__ppo__1: runs/\S+: mean return", result.stderr)
+    (finished,) = runs(tmp_path)
+    assert load(finished)["iteration"] == 2
+    again = run(tmp_path, command, "--env-ids", "CartPole-v1", "--num-seeds", 1)
+    assert (again.returncode, again.stdout) == (0, "1 runs, of which 1 are finished\n")
+    other = run(tmp_path, f"{command} --gamma 0.9", "--env-ids", "CartPole-v1", "--num-seeds", 1, "--threads", 1)
+    assert other.stdout == "1 runs, of which 0 are finished\n"  # other arguments, another run
+    assert len(runs(tmp_path)) == 2
+
+
+def test_killed_worker_and_restart_half_way(tmp_path):
+    """Fails when a kill goes unnoticed, when Ctrl-C leaves processes or loses steps, or when a restart begins anew."""
+    args = ["--env-ids", "CartPole-v1", "--num-seeds", 2, "--workers", 2]
+    process = start(tmp_path, f"{PPO} {LONG}", *args)
+    names = [f"CartPole-v1__ppo__{seed}" for seed in (1, 2)]
+    wait_until(lambda: all(iteration(tmp_path, name) > 0 for name in names))
+    (victim,) = (pid for pid, command in trainers(tmp_path).items() if "--seed 2" in command)
+    os.kill(victim, signal.SIGKILL)
+    assert process.stderr.readline().startswith("CartPole-v1__ppo__2: failed")
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130 and not trainers(tmp_path)
+    assert "stopping 1 runs" in stderr
+    assert stderr.endswith("stopped; started again, it goes on\n")
+
+    reached = {name: iteration(tmp_path, name) for name in names}
+    assert all(reached.values())
+    again = start(tmp_path, f"{PPO} {LONG}", *args)
+    wait_until(lambda: all(iteration(tmp_path, name) > reached[name] for name in names))
+    again.send_signal(signal.SIGTERM)
+    assert again.wait(60) == 130 and not trainers(tmp_path)
+    assert len(runs(tmp_path)) == 2
+    for name in names:
+        (folder,) = runs(tmp_path, name)
+        steps = [step for step, _ in scalars(folder, "charts/SPS")]
+        assert steps == [512 * (1 + i) for i in range(len(steps))] and len(steps) > reached[name]
+        assert (tmp_path / "runs" / "logs" / f"{name}.log").read_text().count("\n$ ") == 1  # the second command
+
+
+def test_second_ctrl_c_kills(tmp_path):
+    """Fails when a run that does not stop keeps run.py from ending."""
+    process = start(tmp_path, f"{PPO} {LONG}", "--env-ids", "CartPole-v1", "--num-seeds", 1)
+    wait_until(lambda: iteration(tmp_path, "CartPole") > 0)
+    (child,) = trainers(tmp_path)
+    os.kill(child, signal.SIGSTOP)  # it cannot heed a SIGTERM
+    process.send_signal(signal.SIGINT)
+    wait_until(lambda: process.stderr.readline().startswith("stopping 1 runs"))
+    process.send_signal(signal.SIGINT)
+    assert process.wait(30) == 130 and not trainers(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("args", "line"),
+    [
+        (("python nothing.py", "--env-ids", "A-v0"), "run.py: --command: cannot read nothing.py, No such file"),
+        (("echo", "--env-ids", "A-v0"), "run.py: --command echo --env-id A-v0 --seed 1: names no script"),
+        ((f"python {ROOT}/tests/conftest.py", "--env-ids", "A-v0"), "run.py: --command: "),
+        ((PPO, "--env-ids", "A-v0", "--workers", 0), "run.py: --workers 0: must be at least 1"),
+        ((PPO, "--env-ids", "A-v0", "--slurm"), "run.py: --slurm: Could not detect"),
+    ],
+)
+def test_bad_input_is_one_line(tmp_path, args, line):
+    result = run(tmp_path, *args)
+    assert (result.returncode, result.stderr.count("\n")) == (2, 1), result.stderr
+    assert result.stderr.startswith(line)
+
+
+@pytest.mark.slow
+def test_a_queue_of_twenty(tmp_path):
+    """Fails when a run is lost, or when more than two run at a time."""
+    args = ["--env-ids", "CartPole-v1", "Acrobot-v1", "--num-seeds", 10, "--workers", 2]
+    process = start(tmp_path, f"{PPO} --total-timesteps 2048", *args)
+    most = 0
+    while process.poll() is None:
+        most = max(most, len(trainers(tmp_path)))
+    assert process.returncode == 0 and most == 2
+    folders = runs(tmp_path)
+    assert len(folders) == 20 and all(load(folder)["iteration"] == 4 for folder in folders)
+    assert process.stderr.read().count(": mean return") == 20
+
+
+@pytest.fixture
+def slurm(tmp_path, monkeypatch):
+    """A folder with stand-ins for Slurm's commands on the path; `sbatch` keeps what is submitted."""
+    programs = {
+        "srun": "",
+        "sbatch": 'cp "$1" submitted.sh; echo Submitted batch job 4711',
+        "scontrol": "echo $* > asked",
+    }
+    for name, body in programs.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    return tmp_path
+
+
+def test_slurm_array(slurm):
+    """Fails when an option does not reach Slurm, or when a preempted job is not requeued or begins anew."""
+    options = ["--partition", "a100", "--gpus", 1, "--cpus", 3, "--memory", 7, "--time", 5, "--workers", 2]
+    command = f"{PPO} --total-timesteps 60000 --checkpoint-interval 5"
+    result = run(slurm, command, "--env-ids", "CartPole-v1", "Acrobot-v1", "--num-seeds", 2, "--slurm", *options)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.endswith("submitted 4 runs as job array 4711; logs in runs/logs\n")
+    submitted = (slurm / "submitted.sh").read_text()
+    wanted = "array=0-3%2 partition=a100 gpus-per-node=1 cpus-per-task=3 mem=7GB time=300 requeue job-name=ppo"
+    for option in wanted.split():
+        assert f"#SBATCH --{option}\n" in submitted, option
+
+    # the job itself, as a node runs it
+    words = [*re.search(r"(\S+ -u -m submitit\S+ \S+)$", submitted).group().split()]
+    ids = dict(SLURM_JOB_ID="4711", SLURM_ARRAY_JOB_ID="4711", SLURM_ARRAY_TASK_ID="2", SLURM_PROCID="0")
+    environment = os.environ | ids | dict(SUBMITIT_EXECUTOR="slurm", SLURM_LOCALID="0", SLURM_NODEID="0")
+    node = dict(cwd=slurm, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    job = subprocess.Popen(words, **node)
+    reached = wait_until(lambda: iteration(slurm, "CartPole-v1__ppo__2"))
+    job.send_signal(signal.SIGUSR2)
+    job.wait(60)
+    assert not trainers(slurm) and (slurm / "asked").read_text() == "requeue 4711_2\n"
+    assert iteration(slurm, "CartPole-v1__ppo__2") >= reached
+    assert subprocess.run(words, **node, timeout=100).returncode == 0
+    assert iteration(slurm, "CartPole-v1__ppo__2") == 117
+    assert "--resume" in (slurm / "runs" / "logs" / "CartPole-v1__ppo__2.log").read_text()
+
+
+def test_submitits_local_executor(tmp_path, monkeypatch):
+    """Fails when a job does not train, or when a failing one is taken for a finished one."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(RUN.parent)
+    monkeypatch.setenv("PYTHONPATH", str(RUN.parent))
+    job_class = importlib.import_module("run").Job
+    executor = submitit.LocalExecutor(tmp_path / "submitit")
+    executor.update_parameters(timeout_min=5)
+    command = [*PPO.split(), "--total-timesteps", "1024", "--env-id"]
+    good, bad = (executor.submit(job_class([*command, env_id], 1)) for env_id in ("CartPole-v1", "NoSuch-v0"))
+    good.result()
+    assert iteration(tmp_path, "CartPole-v1__ppo__1") == 2
+    with pytest.raises(submitit.core.utils.FailedJobError, match="NoSuch-v0__ppo__1 failed"):
+        bad.result()
