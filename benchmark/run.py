@@ -1,6 +1,7 @@
 """Trains a script on several environments with several seeds, some runs at a time, here or on a Slurm cluster.
 
     python benchmark/run.py --command "python ppo.py" --env-ids CartPole-v1 Acrobot-v1 --num-seeds 3 --workers 2
+    python benchmark/run.py --command "python ppo.py" --env-ids CartPole-v1 --save benchmark/results/cartpole
     python benchmark/run.py --command "python ppo_atari.py --track" --env-ids PongNoFrameskip-v4 --slurm --gpus 1
 
 Started again, it leaves out the runs that are finished and goes on with the others from their checkpoints: a run in
@@ -15,6 +16,7 @@ import glob
 import importlib.util
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -40,6 +42,7 @@ class Args:
     start_seed: int = 1  # the first seed; the others follow it
     workers: int = 1  # runs at a time
     threads: int | None = None  # threads of each run; if not given, its share of the cores, or --cpus on Slurm
+    save: Path | None = None  # when all are finished, report.py writes its files under this name
     slurm: bool = False  # submit the runs as one job array, and end
     partition: str | None = None  # Slurm: partition
     time: int = 24  # Slurm: hours that a run may take before it is requeued
@@ -173,8 +176,7 @@ def run_here(jobs: list[Job], workers: int) -> int:
                 child.terminate()
             with contextlib.suppress(KeyboardInterrupt):
                 pool.shutdown()
-                raise
-            for child in list(children.values()):
+            for child in list(children.values()):  # none, but for a second Ctrl-C
                 child.kill()
             raise
     return failed
@@ -206,19 +208,26 @@ def main(args: Args) -> int:
     threads = args.threads or (args.cpus if args.slurm else max(1, (os.cpu_count() or 1) // args.workers))
     seeds = range(args.start_seed, args.start_seed + args.num_seeds)
     command = shlex.split(args.command)
+    if not command or not shutil.which(command[0]):
+        refuse(f"--command {args.command}: there is no such program")
     ids = [(env_id, seed) for seed in seeds for env_id in args.env_ids]
     jobs = [Job([*command, "--env-id", env_id, "--seed", str(seed)], threads) for env_id, seed in ids]
     unfinished = [job for job in jobs if not job.find_run()[1]]
     print(f"{len(jobs)} runs, of which {len(jobs) - len(unfinished)} are finished")
     if args.slurm and unfinished:
         submit(args, unfinished)
-    elif unfinished:
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
-        try:
-            return 1 if run_here(unfinished, args.workers) else 0
-        except KeyboardInterrupt:
-            print("stopped; started again, it goes on", file=sys.stderr)
-            return 130
+        return 0
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        if unfinished and run_here(unfinished, args.workers):
+            return 1
+    except KeyboardInterrupt:
+        print("stopped; started again, it goes on", file=sys.stderr)
+        return 130
+    if args.save:
+        folders = [str(job.find_run()[0]) for job in jobs]
+        report = str(Path(__file__).with_name("report.py"))
+        return subprocess.run([sys.executable, report, *folders, "--save", str(args.save)]).returncode
     return 0
 
 

@@ -64,8 +64,10 @@ def test_a_failing_run_does_not_stop_the_others(tmp_path):
     assert re.search(r"CartPole-v1__ppo__1: runs/\S+: mean return", result.stderr)
     (finished,) = runs(tmp_path)
     assert load(finished)["iteration"] == 2
-    again = run(tmp_path, command, "--env-ids", "CartPole-v1", "--num-seeds", 1)
-    assert (again.returncode, again.stdout) == (0, "1 runs, of which 1 are finished\n")
+    again = run(tmp_path, command, "--env-ids", "CartPole-v1", "--num-seeds", 1, "--save", "results/ppo")
+    assert (again.returncode, runs(tmp_path)) == (0, [finished])
+    assert again.stdout.startswith("1 runs, of which 1 are finished\n| script | environment |")
+    assert f",{finished.name}," in (tmp_path / "results" / "ppo_runs.csv").read_text()
     other = run(tmp_path, f"{command} --gamma 0.9", "--env-ids", "CartPole-v1", "--num-seeds", 1, "--threads", 1)
     assert other.stdout == "1 runs, of which 0 are finished\n"  # other arguments, another run
     assert len(runs(tmp_path)) == 2
@@ -118,6 +120,7 @@ def test_second_ctrl_c_kills(tmp_path):
         (("python nothing.py", "--env-ids", "A-v0"), "run.py: --command: cannot read nothing.py, No such file"),
         (("echo", "--env-ids", "A-v0"), "run.py: --command echo --env-id A-v0 --seed 1: names no script"),
         ((f"python {ROOT}/tests/conftest.py", "--env-ids", "A-v0"), "run.py: --command: "),
+        (("nothing ppo.py", "--env-ids", "A-v0"), "run.py: --command nothing ppo.py: there is no such program"),
         ((PPO, "--env-ids", "A-v0", "--workers", 0), "run.py: --workers 0: must be at least 1"),
         ((PPO, "--env-ids", "A-v0", "--slurm"), "run.py: --slurm: Could not detect"),
     ],

@@ -1,0 +1,158 @@
+"""benchmark/report.py: what it says of runs is what their events say, and README.md shows nothing else."""
+
+import importlib
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from conftest import ROOT, scalars
+
+import ppo
+
+sys.path.insert(0, str(ROOT / "benchmark"))
+report = importlib.import_module("report")
+
+SMALL = dict(num_envs=2, num_steps=64, num_minibatches=2, update_epochs=1)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Runs of ppo.py: three seeds on CartPole-v1, one with other arguments, one of Acrobot-v1 without any episode."""
+    folder = tmp_path_factory.mktemp("report")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        for seed in (1, 2, 3):
+            ppo.main(ppo.Args(**SMALL, seed=seed, total_timesteps=4096))
+        ppo.main(ppo.Args(**SMALL, gamma=0.9, anneal_lr=False, total_timesteps=2048))
+        ppo.main(ppo.Args(**SMALL, env_id="Acrobot-v1", total_timesteps=256))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def files(folder):
+    """The prefix of the files that report.py writes of all these runs, and what it printed."""
+    runs = sorted(map(str, (folder / "runs").iterdir()))
+    command = [sys.executable, str(ROOT / "benchmark" / "report.py"), *runs, "--save", str(folder / "out" / "all")]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    return folder / "out" / "all", result.stdout
+
+
+def last_hundred(run_dir: Path) -> float:
+    return np.mean([value for _, value in scalars(run_dir, "charts/episodic_return")][-100:])
+
+
+def test_runs(folder, files):
+    """Fails when a result is not the mean of a run's last 100 episodes, or is not told how it came about."""
+    runs = pd.read_csv(f"{files[0]}_runs.csv")
+    assert len(runs) == 5
+    for _, run in runs.iterrows():
+        run_dir = folder / "runs" / run.run
+        steps = [step for step, _ in scalars(run_dir, "charts/SPS")]
+        assert (run.steps, run.total_timesteps) == (steps[-1], steps[-1])
+        assert run.script == "ppo.py" and run.env_id in run.run and f"__ppo__{run.seed}__" in run.run
+        assert (
+            re.match(r"[0-9a-f]{7,}$", run.commit) and re.match(r"\d{4}-\d\d-\d\d$", run.date) and "core" in run.machine
+        )
+        if run.env_id == "CartPole-v1":
+            assert run.mean_return == pytest.approx(last_hundred(run_dir), abs=1e-4)
+            assert 1e-6 < run.hours < 0.1
+        else:
+            assert (run.episodes, np.isnan(run.mean_return)) == (0, True)
+    commands = set(runs.command)
+    sizes = "--num-envs 2 --num-steps 64 --num-minibatches 2 --update-epochs 1"
+    assert f"python ppo.py --total-timesteps 4096 {sizes}" in commands
+    assert any("--total-timesteps 2048 --num-envs 2 --num-steps 64 --no-anneal-lr --gamma 0.9" in c for c in commands)
+
+
+def test_curves(folder, files):
+    """Fails when a point of a curve is not the mean of the last 100 episodes until then."""
+    curves = pd.read_csv(f"{files[0]}_curves.csv")
+    seed = curves[(curves.env_id == "CartPole-v1") & (curves.seed == 2)]
+    assert len(seed) == 200 and seed.step.iloc[-1] == 4096 and seed.hours.is_monotonic_increasing
+    (run_dir,) = (folder / "runs").glob("CartPole-v1__ppo__2__*")
+    episodes = scalars(run_dir, "charts/episodic_return")
+    for _, point in seed.iloc[[20, 100, 199]].iterrows():
+        until = [value for step, value in episodes if step <= point.step]
+        assert point.mean_return == pytest.approx(np.mean(until[-100:]), abs=1e-3)
+
+
+def test_table(folder, files):
+    """Fails when seeds are averaged wrongly, when other arguments are mixed in, or when steps go unnamed."""
+    text = Path(f"{files[0]}.md").read_text()
+    assert text == files[1]
+    rows = [line.strip("| ").split(" | ") for line in text.splitlines()[2:]]
+    three, *others = sorted(rows, key=lambda cells: -int(cells[4]))
+    scores = [last_hundred(next((folder / "runs").glob(f"CartPole-v1__ppo__{seed}__*"))) for seed in (1, 2, 3)]
+    assert three[2] == f"{np.mean(scores):.1f} ± {np.std(scores):.1f}"
+    low, high = map(float, re.search(r"\[(.+), (.+)\]", three[3]).groups())
+    assert low <= float(three[3].split()[0]) <= high and min(scores) - 0.1 <= low and high <= max(scores) + 0.1
+    assert three[4:6] == ["3", "4,096 of 500,000"] and three[8:] == ["492.4 ± 13.1", "497.5 ± 4.0"]
+    assert {cells[5] for cells in others} == {"2,048 of 500,000", "256 of 500,000"}
+
+
+def test_plots_are_drawn(files):
+    """Fails when a plot is missing or empty."""
+    for name in ("steps", "hours"):
+        assert Path(f"{files[0]}_{name}.png").stat().st_size > 20_000
+
+
+def test_pauses_are_no_training():
+    """Fails when the hours between two sittings count."""
+    times = 1000 + np.array([0.0, 2, 4, 6, 5006, 5008])  # an iteration takes 2 seconds
+    np.testing.assert_allclose(report.hours_of(times, 2.0) * 3600, [2, 4, 6, 8, 10, 12])
+
+
+def test_published_numbers_of_renamed_tasks():
+    """Fails when -v4 tasks lose the numbers of their -v2, or another script's are taken."""
+    row = pd.Series({"script": "ppo_continuous_action.py", "env_id": "Hopper-v4"})
+    assert report.published(row).baselines_mean == 2518.95
+    assert report.published(row.replace("Hopper-v4", "Ant-v4")) is None
+    assert (
+        report.published(pd.Series({"script": "ppo_atari_lstm.py", "env_id": "PongNoFrameskip-v4"})).seed_script_mean
+        == 19.78
+    )
+
+
+def test_a_repeated_run_counts_once(folder, tmp_path, capsys, monkeypatch):
+    """Fails when the same seed is averaged twice."""
+    (run_dir,) = (folder / "runs").glob("CartPole-v1__ppo__2__*")
+    later = tmp_path / "CartPole-v1__ppo__2__9999999999"
+    shutil.copytree(run_dir, later)
+    report.main(report.Args([run_dir, later], tmp_path / "out"))
+    output = capsys.readouterr()
+    assert f"there is a later one with the same command and seed: {run_dir.name}" in output.err
+    assert " | 1 | 4,096 of 500,000 | " in output.out
+
+
+def test_readme_shows_what_was_measured():
+    """Fails when README.md's table differs from what benchmark/results/*_runs.csv give, or a plot is missing."""
+    readme = (ROOT / "README.md").read_text()
+    assert readme.split(report.BEGIN)[1].split(report.END)[0] == report.readme_table()
+    files = list((ROOT / "benchmark" / "results").glob("*_runs.csv"))
+    for file in files:
+        assert f"(benchmark/results/{file.name.removesuffix('_runs.csv')}_steps.png)" in readme
+    assert files and all(
+        (ROOT / picture).is_file() for picture in re.findall(r"\((benchmark/results/\S+png)\)", readme)
+    )
+
+
+def test_bad_input_is_one_line(tmp_path):
+    """Fails when what is no run ends in a traceback."""
+    (tmp_path / "run").mkdir()
+    torch.save({"script": "ppo", "args": {}}, tmp_path / "run" / "checkpoint.pt")
+    for args, line in [
+        ([], "report.py: nothing to do"),
+        ([tmp_path], "report.py: --save: say where"),
+        ([tmp_path, "--save", tmp_path / "x"], f"report.py: {tmp_path}: no run, FileNotFoundError"),
+        ([tmp_path / "run", "--save", tmp_path / "x"], f"report.py: {tmp_path}/run: has not trained yet"),
+    ]:
+        command = [sys.executable, ROOT / "benchmark" / "report.py", *args]
+        result = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+        assert result.returncode == 2 and result.stderr.startswith(line) and result.stderr.count("\n") == 1
