@@ -87,6 +87,7 @@ class Job:
         script = next((word for word in self.command if word.endswith(".py")), None)
         if script is None:
             refuse(f"--command {shlex.join(self.command)}: names no script")
+        self.child: subprocess.Popen | None = None
         self.script, words = script, self.command[self.command.index(script) + 1 :]
         self.args = dataclasses.asdict(tyro.cli(load_script(script).Args, args=words, prog=script))
         self.name = "{env_id}__{exp_name}__{seed}".format(**self.args).replace("/", "-")

@@ -482,3 +482,10 @@ def test_vector_of_environments_brings_the_masks():
         _, _, _, truncated, infos = envs.step(actions)
         actions[:] = 0
     assert truncated.all() and (infos["action_mask"] == first).all()
+
+
+@pytest.mark.slow
+def test_mining_is_learned(tmp_path, monkeypatch):
+    """Fails when the agent does not learn what one without its convolutions' gradients, or its mask, does not."""
+    monkeypatch.chdir(tmp_path)
+    assert ppo_multidiscrete_mask.main(ppo_multidiscrete_mask.Args(total_timesteps=300_000)) > 20
