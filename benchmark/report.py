@@ -15,8 +15,10 @@ import datetime
 import importlib
 import os
 import platform
+import re
 import subprocess
 import sys
+import textwrap
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, NoReturn
@@ -89,7 +91,8 @@ def read_run(run_dir: Path) -> tuple[dict, pd.DataFrame]:
     except Exception as error:  # torch.load raises many kinds
         refuse(f"{run_dir}: no run, {type(error).__name__}: {str(error)[:99]}")
     events = EventAccumulator(str(run_dir), size_guidance={"scalars": 0}).Reload()
-    if "charts/SPS" not in events.Tags()["scalars"]:
+    tags = events.Tags()["scalars"]
+    if "charts/SPS" not in tags:
         refuse(f"{run_dir}: has not trained yet")
     iterations = events.Scalars("charts/SPS")
     steps, times = np.array([(event.step, event.wall_time) for event in iterations]).T
@@ -104,8 +107,7 @@ def read_run(run_dir: Path) -> tuple[dict, pd.DataFrame]:
         "commit": subprocess.run(log, capture_output=True, text=True).stdout.strip(),
     }
 
-    named = "charts/episodic_return" in events.Tags()["scalars"]
-    episodes = events.Scalars("charts/episodic_return") if named else []
+    episodes = events.Scalars("charts/episodic_return") if "charts/episodic_return" in tags else []
     sums = np.cumsum([0.0, *(event.value for event in episodes)])
     at = np.linspace(0, steps[-1], POINTS + 1)[1:]
     ends = np.searchsorted([event.step for event in episodes], at, side="right")  # episodes until then
@@ -125,6 +127,11 @@ def published(row: pd.Series) -> pd.Series | None:
     return None if found.empty else found.iloc[0]
 
 
+def label(command: str) -> str:
+    """-> the script and its options, without the environment's, which tables and plots name elsewhere."""
+    return re.sub(r"^python | --env-id \S+", "", command)
+
+
 def plus_minus(mean: float, std: float) -> str:
     return "" if np.isnan(mean) else f"{mean:.1f} ± {std:.1f}"
 
@@ -135,7 +142,7 @@ def table(runs: pd.DataFrame) -> str:
         "| script | environment | mean return | IQM, 95 % | seeds | steps | hours | steps/s | published | baselines |"
     ]
     lines += ["|---|---|---|---|---|---|---|---|---|---|"]
-    for (script, env_id, _, steps), group in runs.groupby(GROUP, sort=False):
+    for (_, env_id, command, steps), group in runs.groupby(GROUP, sort=False):
         scores, other = group.mean_return.to_numpy(), published(group.iloc[0])
         iqm, wanted, columns = "", "", ["", ""]
         if len(scores) > 2:
@@ -147,17 +154,8 @@ def table(runs: pd.DataFrame) -> str:
             columns = [plus_minus(other[f"{name}_mean"], other[f"{name}_std"]) for name in ("seed_script", "baselines")]
         result = plus_minus(scores.mean(), scores.std()) if len(scores) > 1 else f"{scores[0]:.1f}"
         hours, speed = group.hours.mean(), (group.steps / group.hours / 3600).mean()
-        cells = [
-            script,
-            env_id,
-            result,
-            iqm,
-            len(scores),
-            f"{steps:,}{wanted}",
-            f"{hours:.2f}",
-            f"{speed:.0f}",
-            *columns,
-        ]
+        cells = [label(command), env_id, result, iqm, len(scores), f"{steps:,}{wanted}", f"{hours:.2f}"]
+        cells += [f"{speed:.0f}", *columns]
         lines.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(lines) + "\n"
 
@@ -178,12 +176,13 @@ def plot(curves: pd.DataFrame, over: str, path: Path) -> None:
     size = (4.2 * columns + 0.4, 3.2 * rows)
     figure, axes = plt.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False)
     for panel, env_id in zip(axes.flat, env_ids, strict=False):
-        for (script, *_), group in curves[curves.env_id == env_id].groupby(GROUP, sort=False):
+        for (_, _, command, _), group in curves[curves.env_id == env_id].groupby(GROUP, sort=False):
             seeds = [seed for _, seed in group.groupby("seed")]
             grid = np.linspace(0, min(seed[over].iloc[-1] for seed in seeds), POINTS + 1)[1:]
             values = np.array([np.interp(grid, seed[over], seed.mean_return) for seed in seeds])
             mean, std = values.mean(0), values.std(0)
-            (line,) = panel.plot(grid, mean, label=f"{script}, {len(seeds)} seed{'s' * (len(seeds) > 1)}")
+            name = f"{label(command)}, {len(seeds)} seed{'s' * (len(seeds) > 1)}"
+            (line,) = panel.plot(grid, mean, label=textwrap.fill(name, 45, break_on_hyphens=False))
             panel.fill_between(grid, mean - std, mean + std, color=line.get_color(), alpha=0.2, linewidth=0)
         panel.set(title=env_id, xlabel={"step": "environment steps", "hours": "hours"}[over], ylabel="mean return")
         panel.grid(alpha=0.3)
