@@ -205,7 +205,7 @@ def newest(runs: pd.DataFrame) -> pd.DataFrame:
 def readme_table() -> str:
     """-> the table of all measured runs."""
     files = sorted((ROOT / "benchmark" / "results").glob("*_runs.csv"))
-    return table(pd.concat([pd.read_csv(file) for file in files]))
+    return table(pd.concat([pd.read_csv(file) for file in files]).sort_values(GROUP, kind="stable"))
 
 
 def main(args: Args) -> None:
