@@ -18,9 +18,8 @@ import gymnasium as gym
 import numpy as np
 import torch
 import tyro
+from basics import ROOT, refuse
 from tqdm import tqdm
-
-ROOT = Path(__file__).resolve().parent.parent
 
 
 @dataclass
@@ -29,12 +28,6 @@ class Args:
     episodes: int = 10  # episodes to play
     seed: int = 1  # of the environment and the sampled actions
     capture_video: bool = False  # film every episode, into evaluation/ in the run's folder
-
-
-def refuse(problem: str):
-    """Ends the program over something that its user can mend: one line on stderr, exit code 2 (raises SystemExit)."""
-    print(f"evaluate.py: {' '.join(problem.split())}", file=sys.stderr)
-    raise SystemExit(2)
 
 
 def script_of(run_dir: Path):

@@ -10,8 +10,6 @@ turns; the median counts.
 
 import datetime
 import json
-import os
-import platform
 import statistics
 import sys
 import time
@@ -22,8 +20,9 @@ import gymnasium as gym
 import numpy as np
 import torch
 import tyro
+from basics import ROOT, machine
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(ROOT))
 from ppo_atari_lstm import Agent  # noqa: E402
 
 
@@ -87,9 +86,7 @@ def main(args: Args) -> None:
         print(f"{name:26} {value:8.2f} ms")
     print(*(f"{part}: {value} times as fast" for part, value in ratio.items()), sep="\n")
     if args.save:
-        names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
-        machine = f"{names[0].split(': ')[1] if names else platform.processor()}, {os.cpu_count()} cores"
-        record = {"command": f"python benchmark/lstm_segments.py --threads {args.threads}", "machine": machine}
+        record = {"command": f"python benchmark/lstm_segments.py --threads {args.threads}", "machine": machine()}
         record |= {"date": datetime.date.today().isoformat(), "milliseconds": milliseconds, "ratio": ratio}
         args.save.write_text(json.dumps(record, indent=2) + "\n")
 

@@ -13,15 +13,13 @@ interquartile mean stands beside it with its 95 % bootstrap interval (Agarwal et
 import dataclasses
 import datetime
 import importlib
-import os
-import platform
 import re
 import subprocess
 import sys
 import textwrap
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated
 
 import matplotlib
 
@@ -31,11 +29,11 @@ import numpy as np
 import pandas as pd
 import torch
 import tyro
+from basics import ROOT, machine, refuse
 from rliable import library, metrics
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tqdm import tqdm
 
-ROOT = Path(__file__).resolve().parent.parent
 WINDOW, POINTS = 100, 200  # episodes that are averaged, points of a curve
 GROUP = ["script", "env_id", "command", "steps"]  # what runs have in common that are averaged
 BEGIN, END = "<!-- results -->\n", "<!-- /results -->"  # around README.md's table
@@ -48,12 +46,6 @@ class Args:
     readme: bool = False  # write README.md's table, from benchmark/results/*_runs.csv
 
 
-def refuse(problem: str) -> NoReturn:
-    """Ends the program over something that its user can mend: one line on stderr, exit code 2 (raises SystemExit)."""
-    print(f"report.py: {' '.join(problem.split())}", file=sys.stderr)
-    raise SystemExit(2)
-
-
 def command_of(script: str, args: dict) -> str:
     """-> the command that such a run begins with, without its seed."""
     sys.path.insert(0, str(ROOT))
@@ -63,13 +55,6 @@ def command_of(script: str, args: dict) -> str:
         if value != option.default and name not in ("seed", "resume", "checkpoint-interval"):
             words.append(f"--{'' if value else 'no-'}{name}" if isinstance(value, bool) else f"--{name} {value}")
     return " ".join(words)
-
-
-def machine() -> str:
-    """-> the processor, how many cores it has, and the GPU, if any."""
-    names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
-    gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
-    return f"{names[0].split(': ')[1] if names else platform.processor()}, {os.cpu_count()} cores{gpu}"
 
 
 def hours_of(times: np.ndarray, first: float) -> np.ndarray:

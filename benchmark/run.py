@@ -25,10 +25,10 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import NoReturn
 
 import submitit
 import tyro
+from basics import refuse
 from tqdm import tqdm
 
 RUNS, LOGS = Path("runs"), Path("runs", "logs")
@@ -56,23 +56,17 @@ class Args:
                 refuse(f"--{name.replace('_', '-')} {value}: must be at least 1")
 
 
-def refuse(problem: str) -> NoReturn:
-    """Ends the program over something that its user can mend: one line on stderr, exit code 2 (raises SystemExit)."""
-    print(f"run.py: {' '.join(problem.split())}", file=sys.stderr)
-    raise SystemExit(2)
-
-
 def load_script(path: str) -> ModuleType:
-    """-> the module of a script; it knows its arguments and its checkpoints. Refuses what is none of ours."""
+    """-> the module of a script, which knows its arguments and its checkpoints. Raises ValueError if there is none."""
     spec = importlib.util.spec_from_file_location(Path(path).stem, path)
     if spec.name not in sys.modules:
         script = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
         try:
             spec.loader.exec_module(script)
         except OSError as error:
-            refuse(f"--command: cannot read {path}, {error.strerror}")
+            raise ValueError(f"cannot read {path}, {error.strerror}") from None
         if not (hasattr(script, "Args") and hasattr(script, "load_checkpoint")):
-            refuse(f"--command: {path} has no Args or no load_checkpoint, so it cannot be gone on with")
+            raise ValueError(f"{path} has no Args or no load_checkpoint, so it cannot be gone on with")
     return sys.modules[spec.name]
 
 
@@ -86,7 +80,7 @@ class Job:
     def __post_init__(self):
         script = next((word for word in self.command if word.endswith(".py")), None)
         if script is None:
-            refuse(f"--command {shlex.join(self.command)}: names no script")
+            raise ValueError(f"{shlex.join(self.command)} names no script")
         self.child: subprocess.Popen | None = None
         self.script, words = script, self.command[self.command.index(script) + 1 :]
         self.args = dataclasses.asdict(tyro.cli(load_script(script).Args, args=words, prog=script))
@@ -172,10 +166,11 @@ def run_here(jobs: list[Job], workers: int) -> int:
                 bar.update()
         except BaseException:
             stopping.set()
-            tqdm.write(f"stopping {len(children)} runs, which save their state; Ctrl-C again kills them", sys.stderr)
-            for child in list(children.values()):
-                child.terminate()
             with contextlib.suppress(KeyboardInterrupt):
+                stop = "which save their state; Ctrl-C again kills them"
+                tqdm.write(f"stopping {len(children)} runs, {stop}", sys.stderr)
+                for child in list(children.values()):
+                    child.terminate()
                 pool.shutdown()
             for child in list(children.values()):  # none, but for a second Ctrl-C
                 child.kill()
@@ -212,7 +207,10 @@ def main(args: Args) -> int:
     if not command or not shutil.which(command[0]):
         refuse(f"--command {args.command}: there is no such program")
     ids = [(env_id, seed) for seed in seeds for env_id in args.env_ids]
-    jobs = [Job([*command, "--env-id", env_id, "--seed", str(seed)], threads) for env_id, seed in ids]
+    try:
+        jobs = [Job([*command, "--env-id", env_id, "--seed", str(seed)], threads) for env_id, seed in ids]
+    except ValueError as error:
+        refuse(f"--command: {error}")
     unfinished = [job for job in jobs if not job.find_run()[1]]
     print(f"{len(jobs)} runs, of which {len(jobs) - len(unfinished)} are finished")
     if args.slurm and unfinished:

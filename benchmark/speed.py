@@ -18,9 +18,8 @@ training step is the ratio of the two speeds, the rest is the network's.
 
 import datetime
 import importlib
+import importlib.metadata
 import json
-import os
-import platform
 import shlex
 import statistics
 import subprocess
@@ -33,9 +32,9 @@ from typing import Literal
 
 import gymnasium as gym
 import tyro
+from basics import ROOT, machine
 from tqdm import tqdm
 
-ROOT = Path(__file__).resolve().parent.parent
 # environment steps of one run, about a minute or less
 STEPS = {"ppo": 100_000, "ppo_continuous_action": 40_960, "ppo_atari": 8_192, "ppo_atari_envpool": 8_192}
 STEPS["ppo_multidiscrete_mask"] = 65_536
@@ -145,16 +144,6 @@ def stable_baselines3(speed_args: Args) -> float:
     return (args.num_iterations * args.batch_size - start) / (time.time() - start_time)
 
 
-def machine() -> str:
-    """-> processor, its cores, system and versions, in one line."""
-    names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
-    import stable_baselines3
-    import torch
-
-    versions = f"Python {platform.python_version()}, torch {torch.__version__}, SB3 {stable_baselines3.__version__}"
-    return f"{names[0].split(': ')[1] if names else platform.processor()}, {os.cpu_count()} cores, {versions}"
-
-
 def main(args: Args) -> dict[str, list[float]]:
     """-> {contestant: steps/s of each run}."""
     if args.run:
@@ -184,7 +173,7 @@ def main(args: Args) -> dict[str, list[float]]:
         record = {
             "command": shlex.join(["python", "benchmark/speed.py", *sys.argv[1:]]),
             "date": datetime.date.today().isoformat(),
-            "machine": machine(),
+            "machine": f"{machine()}, SB3 {importlib.metadata.version('stable-baselines3')}",
             "env_id": arguments(args)[1].env_id,
             "steps": arguments(args)[1].total_timesteps,
             "steps_per_second": {name: [round(speed) for speed in speeds] for name, speeds in measured.items()},

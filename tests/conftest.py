@@ -1,6 +1,8 @@
 """Shared by all tests: the scripts are imported from, and run in, the repository's root or a temporary folder."""
 
+import contextlib
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -11,7 +13,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmark")]
 
 os.environ.setdefault("WANDB_MODE", "disabled")
 torch.set_num_threads(1)
@@ -34,6 +36,19 @@ def run(script: str, *args: object, cwd: Path, **environment: str) -> subprocess
     process = start(script, *args, cwd=cwd, **environment)
     stdout, stderr = process.communicate(timeout=100)
     return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
+
+
+def train_in(script, folder: Path, **args) -> Path:
+    """Runs main in that folder, gives the signals back to whom they belonged -> folder of the only run there."""
+    handlers = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)}
+    folder.mkdir(exist_ok=True)
+    try:
+        with contextlib.chdir(folder):
+            script.main(script.Args(**args))
+    finally:
+        for signum, handler in handlers.items():
+            signal.signal(signum, handler)
+    return run_dir_of(folder)
 
 
 def run_dir_of(cwd: Path) -> Path:

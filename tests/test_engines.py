@@ -3,8 +3,8 @@
 Loss, advantages, optimizer and checkpoints are ppo.py's, and tested there.
 """
 
-import contextlib
 import copy
+import functools
 import importlib
 import itertools
 import signal
@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 import tyro
-from conftest import ROOT, load, run, run_dir_of, scalars, start, wait_until
+from conftest import load, run, run_dir_of, scalars, start, train_in, wait_until
 from moviepy import VideoFileClip
 from torch import nn
 from torch.nn import functional as F
@@ -27,6 +27,7 @@ import ppo_procgen  # before EnvPool, which looks for Qt 5 but once
 SCRIPTS = ("ppo_atari_envpool", "ppo_procgen")
 SPACES = {"ppo_atari_envpool": (4, 84, 84), "ppo_procgen": (3, 64, 64)}
 SMALL = dict(num_envs=3, num_steps=8, num_minibatches=2, update_epochs=2, total_timesteps=3 * 3 * 8)
+train = functools.partial(train_in, **SMALL)
 
 
 @pytest.fixture(params=SCRIPTS)
@@ -105,19 +106,6 @@ def scripted(script, monkeypatch):
     monkeypatch.setattr(envpool, "make_spec", lambda env_id: spec)
     monkeypatch.setattr(envpool, "make_gymnasium", lambda env_id, **options: Changed(script.__name__))
     return Changed
-
-
-def train(script, folder: Path, **args) -> Path:
-    """Runs main in that folder, gives the signals back to whom they belonged -> folder of the only run there."""
-    handlers = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)}
-    folder.mkdir(exist_ok=True)
-    try:
-        with contextlib.chdir(folder):
-            script.main(script.Args(**SMALL | args))
-    finally:
-        for signum, handler in handlers.items():
-            signal.signal(signum, handler)
-    return run_dir_of(folder)
 
 
 @pytest.fixture
@@ -591,7 +579,6 @@ def test_train_film_stop_resume_evaluate(name, tmp_path, capsys):
         if folder == "evaluation":
             if "atari" in name:  # a whole game of Pong is long
                 continue
-            sys.path.insert(0, str(ROOT / "benchmark"))
             import evaluate
 
             returns = evaluate.evaluate(evaluate.Args(run_dir, episodes=2, capture_video=True))
@@ -607,7 +594,6 @@ def test_evaluation_of_breakout(tmp_path):
     import ppo_atari_envpool as script
 
     run_dir = train(script, tmp_path, env_id="Breakout-v5")
-    sys.path.insert(0, str(ROOT / "benchmark"))
     import evaluate
 
     steps, step = [], script.Games.step

@@ -3,13 +3,12 @@
 Loss, advantages, optimizer and checkpoints are ppo.py's, and tested there.
 """
 
-import contextlib
 import copy
+import functools
 import gc
 import importlib
 import math
 import signal
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 import tyro
-from conftest import ROOT, load, run, run_dir_of, scalars, start, wait_until
+from conftest import load, run, run_dir_of, scalars, start, train_in, wait_until
 from gymnasium.utils.env_checker import check_env
 from moviepy import VideoFileClip
 from torch import nn
@@ -29,6 +28,7 @@ import ppo_multidiscrete_mask
 SCRIPTS = ("ppo_multidiscrete", "ppo_multidiscrete_mask")
 MINING, ENEMY = "MicrortsMining-v1", "MicrortsRandomEnemyShapedReward3-v1"
 SMALL = dict(num_envs=2, num_steps=16, num_minibatches=2, update_epochs=1, total_timesteps=3 * 32)
+train = functools.partial(train_in, **SMALL)
 UP, RIGHT, DOWN, LEFT = range(4)
 MOVE, HARVEST, RETURN, PRODUCE = 1, 2, 3, 4
 
@@ -298,19 +298,6 @@ def test_a_component_without_a_choice():
     assert gradient.isfinite().all() and not gradient[:, :3].any()
 
 
-def train(script, folder: Path, **args) -> Path:
-    """Runs main in that folder, gives the signals back to whom they belonged -> folder of the only run there."""
-    handlers = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)}
-    folder.mkdir(exist_ok=True)
-    try:
-        with contextlib.chdir(folder):
-            script.main(script.Args(**SMALL | args))
-    finally:
-        for signum, handler in handlers.items():
-            signal.signal(signum, handler)
-    return run_dir_of(folder)
-
-
 def test_first_minibatch_has_ratio_one_and_masks_are_stored(script, tmp_path, monkeypatch):
     """Fails when the update sees other masks, observations or log-probabilities than the policy that acted."""
     calls, train_step = [], script.train_step
@@ -392,7 +379,6 @@ def test_train_film_stop_resume_evaluate(name, tmp_path):
     assert load(run_dir)["iteration"] == done + 8
     assert [step for step, _ in scalars(run_dir, "losses/value_loss")] == [64 * (i + 1) for i in range(done + 8)]
     assert [length for _, length in scalars(run_dir, "charts/episodic_length")][-1] == 200
-    sys.path.insert(0, str(ROOT / "benchmark"))
     import evaluate
 
     returns = evaluate.evaluate(evaluate.Args(run_dir, episodes=2, capture_video=True))

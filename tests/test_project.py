@@ -94,7 +94,7 @@ def test_ppo_is_under_400_lines():
 
 
 def test_readme_figures_come_from_the_results():
-    """Fails when README.md shows another speed or return than the committed measurements."""
+    """Fails when README.md shows another speed than the committed measurements."""
     readme, results = (ROOT / "README.md").read_text(), ROOT / "benchmark" / "results"
     measured = [json.loads(path.read_text()) for path in results.glob("speed_*.json")]
     env_ids = {"CartPole-v1", "HalfCheetah-v4", "BreakoutNoFrameskip-v4", "Breakout-v5", "MicrortsMining-v1"}

@@ -118,7 +118,7 @@ def test_second_ctrl_c_kills(tmp_path):
     ("args", "line"),
     [
         (("python nothing.py", "--env-ids", "A-v0"), "run.py: --command: cannot read nothing.py, No such file"),
-        (("echo", "--env-ids", "A-v0"), "run.py: --command echo --env-id A-v0 --seed 1: names no script"),
+        (("echo", "--env-ids", "A-v0"), "run.py: --command: echo --env-id A-v0 --seed 1 names no script"),
         ((f"python {ROOT}/tests/conftest.py", "--env-ids", "A-v0"), "run.py: --command: "),
         (("nothing ppo.py", "--env-ids", "A-v0"), "run.py: --command nothing ppo.py: there is no such program"),
         ((PPO, "--env-ids", "A-v0", "--workers", 0), "run.py: --workers 0: must be at least 1"),
