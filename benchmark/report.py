@@ -44,6 +44,7 @@ class Args:
     run_dirs: Annotated[list[Path], tyro.conf.Positional] = field(default_factory=list)  # folders of runs
     save: Path | None = None  # files to write, without their endings
     readme: bool = False  # write README.md's table, from benchmark/results/*_runs.csv
+    machine: str = field(default_factory=machine)  # where the runs were trained, if not here
 
 
 def command_of(script: str, args: dict) -> str:
@@ -68,7 +69,7 @@ def hours_of(times: np.ndarray, first: float) -> np.ndarray:
     return np.where(durations > 10 * median, median, durations).cumsum() / 3600
 
 
-def read_run(run_dir: Path) -> tuple[dict, pd.DataFrame]:
+def read_run(run_dir: Path, machine: str) -> tuple[dict, pd.DataFrame]:
     """-> what SAVE_runs.csv and SAVE_curves.csv say of a run. Refuses what is none, or has not trained."""
     try:
         checkpoint = torch.load(run_dir / "checkpoint.pt", map_location="cpu", weights_only=True)
@@ -84,7 +85,7 @@ def read_run(run_dir: Path) -> tuple[dict, pd.DataFrame]:
     hours = hours_of(times, steps[0] / iterations[0].value)
     run = {"script": f"{script}.py", "env_id": args["env_id"], "seed": args["seed"], "steps": int(steps[-1])}
     run |= {"total_timesteps": args["total_timesteps"], "hours": hours[-1], "run": run_dir.name}
-    run |= {"command": command_of(script, args), "machine": machine()}
+    run |= {"command": command_of(script, args), "machine": machine}
     began = datetime.datetime.fromtimestamp(times[0])
     log = ["git", "-C", str(ROOT), "log", "-1", "--format=%h", f"--before={began.isoformat()}"]
     run |= {
@@ -197,7 +198,7 @@ def main(args: Args) -> None:
     if args.run_dirs:
         if not args.save:
             refuse("--save: say where to write, as in --save benchmark/results/ppo")
-        read = [read_run(run_dir) for run_dir in tqdm(args.run_dirs, unit=" runs", disable=None)]
+        read = [read_run(run_dir, args.machine) for run_dir in tqdm(args.run_dirs, unit=" runs", disable=None)]
         runs = newest(
             pd.DataFrame([run for run, _ in read]).sort_values(["script", "env_id", "command", "seed", "run"])
         )

@@ -54,9 +54,8 @@ def test_runs(folder, files):
         steps = [step for step, _ in scalars(run_dir, "charts/SPS")]
         assert (run.steps, run.total_timesteps) == (steps[-1], steps[-1])
         assert run.script == "ppo.py" and run.env_id in run.run and f"__ppo__{run.seed}__" in run.run
-        assert (
-            re.match(r"[0-9a-f]{7,}$", run.commit) and re.match(r"\d{4}-\d\d-\d\d$", run.date) and "core" in run.machine
-        )
+        assert re.match(r"[0-9a-f]{7,}$", run.commit) and re.match(r"\d{4}-\d\d-\d\d$", run.date)
+        assert "core" in run.machine
         if run.env_id == "CartPole-v1":
             assert run.mean_return == pytest.approx(last_hundred(run_dir), abs=1e-4)
             assert 1e-6 < run.hours < 0.1
@@ -129,11 +128,12 @@ def test_published_numbers_of_renamed_tasks():
 
 
 def test_a_repeated_run_counts_once(folder, tmp_path, capsys, monkeypatch):
-    """Fails when the same seed is averaged twice."""
+    """Fails when the same seed is averaged twice, or another machine's runs are said to be this one's."""
     (run_dir,) = (folder / "runs").glob("CartPole-v1__ppo__2__*")
     later = tmp_path / "CartPole-v1__ppo__2__9999999999"
     shutil.copytree(run_dir, later)
-    report.main(report.Args([run_dir, later], tmp_path / "out"))
+    report.main(report.Args([run_dir, later], tmp_path / "out", machine="cluster"))
+    assert pd.read_csv(tmp_path / "out_runs.csv").machine.tolist() == ["cluster"]
     output = capsys.readouterr()
     assert f"there is a later one with the same command and seed: {run_dir.name}" in output.err
     assert " | 1 | 4,096 of 500,000 | " in output.out
