@@ -12,8 +12,9 @@ SCRIPTS += ["ppo_multidiscrete", "ppo_multidiscrete_mask"]
 MODULES = [importlib.import_module(name) for name in SCRIPTS]  # ppo_procgen before all, because it finds EnvPool a Qt 5
 
 
+@pytest.mark.parametrize("compile", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["eager", "compiled"])
 @pytest.mark.parametrize("script", MODULES, ids=SCRIPTS)
-def test_three_steps_are_those_of_plain_adam(script, monkeypatch, tmp_path):
+def test_three_steps_are_those_of_plain_adam(script, compile, monkeypatch, tmp_path):
     """Fails when gradients lie in memory otherwise than their weights: fused Adam pairs them by address."""
     monkeypatch.chdir(tmp_path)
     twins, differences, train_step = [], [], script.train_step
@@ -35,6 +36,6 @@ def test_three_steps_are_those_of_plain_adam(script, monkeypatch, tmp_path):
 
     monkeypatch.setattr(script, "train_step", spy)
     sizes = dict(num_envs=2, num_steps=16, num_minibatches=1, update_epochs=3, total_timesteps=32)
-    script.main(script.Args(**sizes, torch_deterministic=False, cuda=False))
+    script.main(script.Args(**sizes, compile=compile, torch_deterministic=False, cuda=False))
     assert len(differences) == 3 * len(list(twins[0].parameters()))
     assert max(differences) < 0.1, max(differences)  # in learning rates; a step is about one of them
