@@ -474,4 +474,4 @@ def test_vector_of_environments_brings_the_masks():
 def test_mining_is_learned(tmp_path, monkeypatch):
     """Fails when the agent does not learn what one without its convolutions' gradients, or its mask, does not."""
     monkeypatch.chdir(tmp_path)
-    assert ppo_multidiscrete_mask.main(ppo_multidiscrete_mask.Args(total_timesteps=300_000)) > 20
+    assert ppo_multidiscrete_mask.main(ppo_multidiscrete_mask.Args(total_timesteps=500_000)) > 20
