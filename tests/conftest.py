@@ -38,6 +38,21 @@ def run(script: str, *args: object, cwd: Path, **environment: str) -> subprocess
     return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
 
 
+def interrupted(name: str, folder: Path) -> Path:
+    """Runs the script of that name in that folder, filming, stops it by Ctrl-C when it trains -> its run."""
+    args = ["--num-envs", 2, "--num-steps", 32, "--num-minibatches", 2, "--update-epochs", 1, "--capture-video"]
+    process = start(f"{name}.py", *args, "--checkpoint-interval", 1_000_000, cwd=folder)
+    wait_until(lambda: list(folder.glob("runs/*/checkpoint.pt")) or process.poll() is not None)
+    process.send_signal(signal.SIGINT)
+    stdout, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130, stderr
+    assert "Traceback" not in stderr
+    run_dir = run_dir_of(folder)
+    assert f"--resume runs/{run_dir.name}" in stdout
+    assert load(run_dir)["iteration"] >= 1
+    return run_dir
+
+
 def train_in(script, folder: Path, **args) -> Path:
     """Runs main in that folder, gives the signals back to whom they belonged -> folder of the only run there."""
     handlers = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)}

@@ -7,7 +7,6 @@ import copy
 import functools
 import importlib
 import itertools
-import signal
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 import tyro
-from conftest import load, run, run_dir_of, scalars, start, train_in, wait_until
+from conftest import interrupted, load, run, scalars, train_in
 from moviepy import VideoFileClip
 from torch import nn
 from torch.nn import functional as F
@@ -552,18 +551,9 @@ def test_all_games_of_procgen_can_be_made():
 def test_train_film_stop_resume_evaluate(name, tmp_path, capsys):
     """Fails when one of them does not work with the real engine, or gives other weights the second time."""
     script = importlib.import_module(name)
-    args = ["--num-envs", 2, "--num-steps", 32, "--num-minibatches", 2, "--update-epochs", 1, "--capture-video"]
-    process = start(f"{name}.py", *args, "--checkpoint-interval", 1_000_000, cwd=tmp_path)
-    wait_until(lambda: list(tmp_path.glob("runs/*/checkpoint.pt")) or process.poll() is not None)
-    process.send_signal(signal.SIGINT)
-    stdout, stderr = process.communicate(timeout=60)
-    assert process.returncode == 130, stderr
-    assert "Traceback" not in stderr
-    run_dir = run_dir_of(tmp_path)
-    assert f"--resume runs/{run_dir.name}" in stdout
+    run_dir = interrupted(name, tmp_path)
     stopped = load(run_dir)
     done = stopped["iteration"]
-    assert done >= 1
     args = stopped["args"] | {"resume": str(run_dir), "total_timesteps": 64 * (done + 2)}
     resumed = []
     for _ in range(2):
