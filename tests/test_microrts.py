@@ -40,8 +40,8 @@ def script(request):
 
 
 @pytest.fixture
-def mining():
-    env = ppo_multidiscrete.make_env(ppo_multidiscrete.Args())
+def mining(script):
+    env = script.make_env(script.Args())
     env.reset(seed=1)
     return env
 
@@ -51,21 +51,21 @@ def action(y: int, x: int, kind: int, direction: int = 0, unit: int = 0) -> np.n
     return np.array([10 * y + x, kind, direction, direction, direction, direction, unit, 0])
 
 
-def test_tasks_are_the_published_ones():
+def test_tasks_are_the_published_ones(script):
     """Fails when an opponent, a weight, a time limit or a map is another one."""
-    assert ppo_multidiscrete.TASKS == {
+    assert script.TASKS == {
         MINING: ("PassiveAI", (0, 1, 0, 0, 0, 0, 0), 200),
         "MicrortsProduceCombatUnitsShapedReward-v1": ("PassiveAI", (0, 1, 0, 1, 0, 7, 0), 400),
         "MicrortsAttackShapedReward-v1": ("PassiveAI", (0, 0, 0, 0, 1, 0, 1), 400),
         ENEMY: ("RandomBiasedSingleUnitAI", (5, 1, 1, 0.2, 1, 7, 0.2), 600),
     }
-    for env_id, (opponent, _, limit) in ppo_multidiscrete.TASKS.items():
-        env = ppo_multidiscrete.make_env(ppo_multidiscrete.Args(env_id=env_id))
+    for env_id, (opponent, _, limit) in script.TASKS.items():
+        env = script.make_env(script.Args(env_id=env_id))
         _, info = env.reset(seed=1)
         assert env.unwrapped.client.ai2.getClass().getSimpleName() == opponent
         client = env.unwrapped.client
         assert [str(reward.getClass().getSimpleName()) for reward in client.rfs] == [
-            f"{name}RewardFunction" for name in ppo_multidiscrete.REWARDS
+            f"{name}RewardFunction" for name in script.REWARDS
         ]
         idle, steps, truncated = np.zeros(8, int), 0, False
         while not truncated:
@@ -78,9 +78,9 @@ def test_tasks_are_the_published_ones():
 
 
 @pytest.mark.parametrize("env_id", ppo_multidiscrete.TASKS)
-def test_environment_keeps_gymnasiums_contract(env_id):
+def test_environment_keeps_gymnasiums_contract(script, env_id):
     """Fails when spaces, seeds, dtypes or infos are not as Gymnasium wants them."""
-    check_env(ppo_multidiscrete.Microrts(env_id), skip_render_check=False)
+    check_env(script.make_env(script.Args(env_id=env_id)).unwrapped, skip_render_check=False)
 
 
 def test_observation_is_one_hot_in_five_layers(mining):
@@ -106,10 +106,10 @@ def test_observation_is_one_hot_in_five_layers(mining):
     assert unit[2, 1] == 4 and unit[1, 1] == 0
 
 
-def test_values_beyond_the_planes_count_as_the_last():
+def test_values_beyond_the_planes_count_as_the_last(script):
     """Fails without the clip, or with that of another layer."""
     layers = np.random.default_rng(0).integers(0, 12, (5, 10, 10))
-    env = ppo_multidiscrete.Microrts(MINING)
+    env = script.make_env(script.Args()).unwrapped
     obs, _ = env.observe(SimpleNamespace(observation=layers))
     sizes = [5, 5, 3, 8, 6]
     expected = [np.eye(size)[layer.clip(0, size - 1)] for size, layer in zip(sizes, layers, strict=True)]
@@ -139,9 +139,9 @@ def test_java_does_not_make_python_collect_what_is_imported(mining):
     assert gc.get_freeze_count() > len(gc.get_objects())
 
 
-def test_weights_and_clip_of_the_rewards(monkeypatch):
+def test_weights_and_clip_of_the_rewards(script):
     """Fails when a weight is left out, or the last reward is not clipped to [-1, 1]."""
-    env = ppo_multidiscrete.Microrts(ENEMY)
+    env = script.make_env(script.Args(env_id=ENEMY)).unwrapped
     env.reset(seed=1)
 
     class Response:
@@ -186,9 +186,9 @@ def test_classic_and_exact_masks():
         ppo_multidiscrete_mask.Microrts.exact_unit_mask = False
 
 
-def battle(seed: int, beside: bool = False) -> list[bytes]:
+def battle(script, seed: int, beside: bool = False) -> list[bytes]:
     """What a game against the random opponent shows, with another game beside it or not."""
-    envs = [ppo_multidiscrete.Microrts(ENEMY) for _ in range(1 + beside)]
+    envs = [script.make_env(script.Args(env_id=ENEMY)).unwrapped for _ in range(1 + beside)]
     for i, env in enumerate(envs):
         env.reset(seed=seed + i)
     seen = []
@@ -199,13 +199,13 @@ def battle(seed: int, beside: bool = False) -> list[bytes]:
     return seen
 
 
-def test_random_opponent_plays_by_the_seed():
+def test_random_opponent_plays_by_the_seed(script):
     """Fails when one of its two generators is not seeded, or is shared between games."""
-    first = battle(1)
+    first = battle(script, 1)
     assert len(set(first)) > 5
-    assert battle(1) == first
-    assert battle(1, beside=True) == first
-    assert battle(2) != first
+    assert battle(script, 1) == first
+    assert battle(script, 1, beside=True) == first
+    assert battle(script, 2) != first
 
 
 def test_render_shows_the_fields(mining):
@@ -223,10 +223,10 @@ def test_render_shows_the_fields(mining):
     assert (mining.render() != before).any()
 
 
-def test_close_leaves_java_alone(mining):
+def test_close_leaves_java_alone(script, mining):
     """Fails when Java is shut down: a process cannot start it a second time."""
     mining.close()
-    env = ppo_multidiscrete.make_env(ppo_multidiscrete.Args())
+    env = script.make_env(script.Args())
     env.reset(seed=1)
     env.step(np.zeros(8, int))
 
