@@ -166,8 +166,9 @@ def test_classic_and_exact_masks():
             args = ppo_multidiscrete_mask.Args(exact_unit_mask=exact, env_id=ENEMY)
             env = ppo_multidiscrete_mask.make_env(args)
             _, info = env.reset(seed=3)
-            rng, different = np.random.default_rng(0), 0
-            for _ in range(60):
+            rng, different, busy = np.random.default_rng(0), 0, 0
+            harvest = [action(1, 1, MOVE, UP), action(0, 1, HARVEST, LEFT)]  # which takes longer than a step
+            for step in range(60):
                 mask = info["action_mask"]
                 assert mask.shape == (229,) and mask.dtype == bool and mask[100:129].all()
                 layers = env.unwrapped.layers
@@ -176,12 +177,13 @@ def test_classic_and_exact_masks():
                 assert (mask[:100].reshape(10, 10) == (engines if exact else classic)).all()
                 assert (mask[129:].reshape(10, 10) == (layers[2] == 2) & (layers[4] == 0)).all()
                 different += (engines != classic).any()
+                busy += ((layers[2] == 1) & (layers[4] > 0)).any()
                 chosen = rng.integers(0, env.action_space.nvec)
                 chosen[0] = rng.choice(np.flatnonzero(mask[:100])) if mask[:100].any() else 0
-                _, _, terminated, _, info = env.step(chosen)
+                _, _, terminated, _, info = env.step(harvest[step] if step < 2 else chosen)
                 if terminated:
                     _, info = env.reset()
-            assert different > 5
+            assert different > 5 and busy
     finally:
         ppo_multidiscrete_mask.Microrts.exact_unit_mask = False
 
@@ -302,13 +304,14 @@ def test_first_minibatch_has_ratio_one_and_masks_are_stored(script, tmp_path, mo
     calls, train_step = [], script.train_step
 
     def spy(agent, optimizer, mb, args):
-        calls.append((copy.deepcopy(agent), mb))
+        calls.append((copy.deepcopy(agent), mb, args))
         return train_step(agent, optimizer, mb, args)
 
     monkeypatch.setattr(script, "train_step", spy)
     run_dir = train(script, tmp_path, env_id=ENEMY)
     masked = script is ppo_multidiscrete_mask
-    for agent, mb in calls[::2]:
+    for agent, mb, args in calls[::2]:
+        assert script.ppo_loss(agent, mb, args)[1]["approx_kl"] < 1e-8
         assert mb["obs"].dtype == torch.uint8 and mb["actions"].shape == (16, 8)
         masks = [mb["action_mask"]] if masked else []
         with torch.no_grad():
