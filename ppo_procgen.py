@@ -46,9 +46,7 @@ try:
         except OSError:
             import PyQt5
 
-            libraries = "icudata.so.56", "icuuc.so.56", "icui18n.so.56", "Qt5Core.so.5", "Qt5Gui.so.5"
-            for library in libraries:  # each needs those before it
-                ctypes.CDLL(f"{PyQt5.__path__[0]}/Qt5/lib/lib{library}", ctypes.RTLD_GLOBAL)
+            ctypes.CDLL(f"{PyQt5.__path__[0]}/Qt5/lib/libQt5Gui.so.5", ctypes.RTLD_GLOBAL)  # finds the rest beside it
     import envpool
     from envpool.registration import registry
 except (ImportError, OSError) as missing:
