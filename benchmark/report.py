@@ -87,7 +87,8 @@ def read_run(run_dir: Path, machine: str) -> tuple[dict, pd.DataFrame]:
     run |= {"total_timesteps": args["total_timesteps"], "hours": hours[-1], "run": run_dir.name}
     run |= {"command": command_of(script, args), "machine": machine}
     began = datetime.datetime.fromtimestamp(times[0])
-    log = ["git", "-C", str(ROOT), "log", "-1", "--format=%h", f"--before={began.isoformat()}"]
+    # The whole name: readers of CSVs take an abbreviation such as 2821e72 for a number.
+    log = ["git", "-C", str(ROOT), "log", "-1", "--format=%H", f"--before={began.isoformat()}"]
     run |= {
         "date": began.date().isoformat(),
         "commit": subprocess.run(log, capture_output=True, text=True).stdout.strip(),

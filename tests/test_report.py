@@ -54,7 +54,7 @@ def test_runs(folder, files):
         steps = [step for step, _ in scalars(run_dir, "charts/SPS")]
         assert (run.steps, run.total_timesteps) == (steps[-1], steps[-1])
         assert run.script == "ppo.py" and run.env_id in run.run and f"__ppo__{run.seed}__" in run.run
-        assert re.match(r"[0-9a-f]{7,}$", run.commit) and re.match(r"\d{4}-\d\d-\d\d$", run.date)
+        assert re.match(r"[0-9a-f]{40}$", run.commit) and re.match(r"\d{4}-\d\d-\d\d$", run.date)
         assert "core" in run.machine
         if run.env_id == "CartPole-v1":
             assert run.mean_return == pytest.approx(last_hundred(run_dir), abs=1e-4)
