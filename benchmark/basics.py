@@ -2,6 +2,7 @@
 
 import os
 import platform
+import subprocess
 import sys
 from pathlib import Path
 from typing import NoReturn
@@ -15,6 +16,13 @@ def refuse(problem: str) -> NoReturn:
     """Ends the program over something that its user can mend: one line on stderr, exit code 2 (raises SystemExit)."""
     print(f"{Path(sys.argv[0]).name}: {' '.join(problem.split())}", file=sys.stderr)
     raise SystemExit(2)
+
+
+def commit(before: str = "now") -> str:
+    """-> the newest commit before that time, "" outside a repository."""
+    # The whole name: readers of CSVs take an abbreviation such as 2821e72 for a number.
+    log = ["git", "-C", str(ROOT), "log", "-1", "--format=%H", f"--before={before}"]
+    return subprocess.run(log, capture_output=True, text=True).stdout.strip()
 
 
 def machine() -> str:

@@ -20,7 +20,7 @@ import gymnasium as gym
 import numpy as np
 import torch
 import tyro
-from basics import ROOT, machine
+from basics import ROOT, commit, machine
 
 sys.path.insert(0, str(ROOT))
 from ppo_atari_lstm import Agent  # noqa: E402
@@ -87,7 +87,8 @@ def main(args: Args) -> None:
     print(*(f"{part}: {value} times as fast" for part, value in ratio.items()), sep="\n")
     if args.save:
         record = {"command": f"python benchmark/lstm_segments.py --threads {args.threads}", "machine": machine()}
-        record |= {"date": datetime.date.today().isoformat(), "milliseconds": milliseconds, "ratio": ratio}
+        record |= {"commit": commit(), "date": datetime.date.today().isoformat()}
+        record |= {"milliseconds": milliseconds, "ratio": ratio}
         args.save.write_text(json.dumps(record, indent=2) + "\n")
 
 

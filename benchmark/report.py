@@ -14,7 +14,6 @@ import dataclasses
 import datetime
 import importlib
 import re
-import subprocess
 import sys
 import textwrap
 from dataclasses import dataclass, field
@@ -29,7 +28,7 @@ import numpy as np
 import pandas as pd
 import torch
 import tyro
-from basics import ROOT, machine, refuse
+from basics import ROOT, commit, machine, refuse
 from rliable import library, metrics
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tqdm import tqdm
@@ -87,12 +86,7 @@ def read_run(run_dir: Path, machine: str) -> tuple[dict, pd.DataFrame]:
     run |= {"total_timesteps": args["total_timesteps"], "hours": hours[-1], "run": run_dir.name}
     run |= {"command": command_of(script, args), "machine": machine}
     began = datetime.datetime.fromtimestamp(times[0])
-    # The whole name: readers of CSVs take an abbreviation such as 2821e72 for a number.
-    log = ["git", "-C", str(ROOT), "log", "-1", "--format=%H", f"--before={began.isoformat()}"]
-    run |= {
-        "date": began.date().isoformat(),
-        "commit": subprocess.run(log, capture_output=True, text=True).stdout.strip(),
-    }
+    run |= {"date": began.date().isoformat(), "commit": commit(before=began.isoformat())}
 
     episodes = events.Scalars("charts/episodic_return") if "charts/episodic_return" in tags else []
     sums = np.cumsum([0.0, *(event.value for event in episodes)])

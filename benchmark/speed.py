@@ -32,7 +32,7 @@ from typing import Literal
 
 import gymnasium as gym
 import tyro
-from basics import ROOT, machine
+from basics import ROOT, commit, machine
 from tqdm import tqdm
 
 # environment steps of one run, about a minute or less
@@ -172,6 +172,7 @@ def main(args: Args) -> dict[str, list[float]]:
     if args.save:
         record = {
             "command": shlex.join(["python", "benchmark/speed.py", *sys.argv[1:]]),
+            "commit": commit(),
             "date": datetime.date.today().isoformat(),
             "machine": f"{machine()}, SB3 {importlib.metadata.version('stable-baselines3')}",
             "env_id": arguments(args)[1].env_id,

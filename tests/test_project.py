@@ -109,10 +109,12 @@ def test_readme_figures_come_from_the_results():
 
 @pytest.mark.slow
 def test_speed_measures_all_contestants(tmp_path):
-    """Fails when a contestant cannot run, or when the measurements are not saved."""
+    """Fails when a contestant cannot run, or when the measurements or their commit are not saved."""
     command = [sys.executable, str(ROOT / "benchmark" / "speed.py"), "--steps", "4096", "--repeats", "1"]
     result = subprocess.run([*command, "--save", str(tmp_path / "speed.json")], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    measured = json.loads((tmp_path / "speed.json").read_text())["steps_per_second"]
+    record = json.loads((tmp_path / "speed.json").read_text())
+    assert re.match(r"[0-9a-f]{40}$", record["commit"])
+    measured = record["steps_per_second"]
     assert list(measured) == ["stable-baselines3", "ppo.py", "ppo.py --compile"]
     assert all(speed > 100 for (speed,) in measured.values())
