@@ -103,6 +103,9 @@ def test_readme_figures_come_from_the_results():
         for name, ratio in speed["ratio"].items():
             median = statistics.median(speed["steps_per_second"][name])
             assert f"| {speed['env_id']} | {name} | {median:.0f} | {ratio} |" in readme
+    for path in results.glob("busy_speed_*.json"):
+        for name, ratio in json.loads(path.read_text())["ratio"].items():
+            assert ratio == 1 or re.search(rf"\b{ratio} for\s`{re.escape(name)}`", readme), name
     for part, ratio in json.loads((results / "lstm_segments.json").read_text())["ratio"].items():
         assert re.search(rf"{ratio} times (as fast )?for the {part.replace('agent', 'gradient')}", readme), part
 
