@@ -56,7 +56,7 @@ def refuse(problem: str) -> NoReturn:
 
 
 # What a resumed run cannot change: its weights and its steps rest on these.
-FIXED = ("env_id", "num_envs", "num_steps")
+FIXED_ON_RESUME = ("env_id", "num_envs", "num_steps")
 
 
 @dataclass
@@ -183,9 +183,11 @@ def make_env(args: Args, video_dir: Path | None = None) -> gym.Env:
 
     Its infos hold the raw return and the length of each finished episode.
     """
-    render_mode = None if video_dir is None else "rgb_array"
     try:
-        env = gym.make(args.env_id, disable_env_checker=True, render_mode=render_mode)
+        if video_dir is None:
+            env = gym.make(args.env_id, disable_env_checker=True)
+        else:
+            env = gym.make(args.env_id, disable_env_checker=True, render_mode="rgb_array")
     except (gym.error.Error, ImportError) as error:  # its words tell the nearest name, or the cure
         refuse(f"--env-id {args.env_id}: {error}")
 
@@ -256,6 +258,8 @@ def make_mlp(inputs: int, outputs: int) -> nn.Sequential:
 class Agent(nn.Module):
     """The policy (actor) and the value function (critic)."""
 
+    inputs = ("obs",)  # what forward and act take
+
     def __init__(self, observation_space: gym.spaces.Box, action_space: gym.spaces.Discrete):
         super().__init__()
 
@@ -314,8 +318,8 @@ def ppo_loss(
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Minibatch mb -> loss [], {statistic: []}.
 
-    mb: obs [M, ...], actions [M], and float32 [M]: logprobs, values (both of the agent that
-    acted), advantages, returns. Equation 9 of the paper; baselines/ppo2/model.py#L68-L91.
+    mb: obs and actions [M, ...], and float32 [M]: logprobs, values (both of the agent that acted),
+    advantages, returns. Equation 9 of the paper; baselines/ppo2/model.py#L68-L91.
     """
     distribution, value = agent(mb["obs"])
     logratio = distribution.log_prob(mb["actions"]) - mb["logprobs"]
@@ -404,6 +408,7 @@ def restores_process_settings():
     sigterm = signal.getsignal(signal.SIGTERM)
     threads = torch.get_num_threads()
     deterministic = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
     fill_memory = torch.utils.deterministic.fill_uninitialized_memory
     try:
         yield
@@ -411,7 +416,7 @@ def restores_process_settings():
         signal.signal(signal.SIGINT, sigint)
         signal.signal(signal.SIGTERM, sigterm)
         torch.set_num_threads(threads)
-        torch.use_deterministic_algorithms(deterministic)
+        torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
         torch.utils.deterministic.fill_uninitialized_memory = fill_memory
 
 
@@ -514,13 +519,15 @@ def restore(checkpoint: dict, stateful: dict, recent_returns: deque) -> None:
 def open_run(args: Args, checkpoint: dict | None) -> Path:
     """-> the folder of a new run, or of the one to go on with; refuses what cannot go on."""
     if checkpoint is not None:
-        for name in FIXED:
+        for name in FIXED_ON_RESUME:
             if getattr(args, name) != checkpoint["args"][name]:
                 given = checkpoint["args"][name]
                 refuse(f"--resume {args.resume}: cannot change its {name}, {given}")
 
     name = f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}".replace("/", "-")
     run_dir = Path(args.resume or f"runs/{name}")
+    while args.resume is None and run_dir.exists():  # another run began in this second
+        run_dir = run_dir.with_name(f"{run_dir.name}+")
     try:
         run_dir.mkdir(parents=True, exist_ok=args.resume is not None)
         (run_dir / "checkpoint.tmp").touch()
@@ -706,7 +713,7 @@ def main(args: Args) -> float:
         # Detail 4: learning rate annealing
         learning_rate = args.learning_rate * remaining if args.anneal_lr else args.learning_rate
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate
+            group["lr"] = learning_rate  # the same for every parameter group
 
         # Detail A1: clip range annealing
         update_args = args
@@ -731,15 +738,16 @@ def main(args: Args) -> float:
                     log_episodes(writer, infos["final_info"], recent_returns, global_step)
 
                 # A time limit is no death: what would have followed can be part of the reward
-                if args.bootstrap_truncated and np.any(truncated & ~terminated):
-                    at_limit = truncated & ~terminated
+                at_limit = truncated & ~terminated
+                if args.bootstrap_truncated and at_limit.any():
                     final_obs = np.stack(infos["final_obs"][at_limit])
-                    obs = torch.as_tensor(final_obs, dtype=torch.float32, device=device)
-                    _, final_value = agent(obs)
+                    final_obs = torch.as_tensor(final_obs, dtype=torch.float32, device=device)
+                    _, final_value = agent(final_obs)
                     rewards[t, at_limit] += args.gamma * final_value.cpu().numpy()
 
             # Detail 1: vectorised architecture
-            # Episodes go on in the next rollout; here, what is still to come is the value.
+            # The next rollout goes on with these observations; until then, their values stand for
+            # what is still to come.
             obs = torch.as_tensor(next_obs, dtype=torch.float32, device=device)
             _, next_value = agent(obs)
 
@@ -769,8 +777,9 @@ def main(args: Args) -> float:
 
         # Log and save
         losses = mean_losses(stats)
-        for name, value in losses.items():
-            writer.add_scalar(f"losses/{name}", value, global_step)
+        stop_if_not_finite(losses, agent, iteration, run_dir, writer)
+        for name, loss in losses.items():
+            writer.add_scalar(f"losses/{name}", loss, global_step)
 
         # Detail 12: debug variables
         explained = explained_variance(values, returns)
@@ -780,10 +789,8 @@ def main(args: Args) -> float:
         writer.add_scalar("charts/SPS", speed, global_step)
         progress.show(global_step, speed, mean_return(recent_returns))
 
-        stop_if_not_finite(losses, agent, iteration, run_dir, writer)
-
         finished = iteration + 1 == args.num_iterations
-        stopped = len(received) > 0  # looked at once, so that who stops has saved
+        stopped = len(received) > 0  # looked at once, so that a run that stops has saved
         if stopped or finished or (iteration + 1) % args.checkpoint_interval == 0:
             writer.flush()
             save_checkpoint(run_dir, args, iteration + 1, stateful, recent_returns)

@@ -40,7 +40,17 @@ def run(script: str, *args: object, cwd: Path, **environment: str) -> subprocess
 
 def interrupted(name: str, folder: Path) -> Path:
     """Runs the script of that name in that folder, filming, stops it by Ctrl-C when it trains -> its run."""
-    args = ["--num-envs", 2, "--num-steps", 32, "--num-minibatches", 2, "--update-epochs", 1, "--capture-video"]
+    args = [
+        "--num-envs",
+        2,
+        "--num-steps",
+        32,
+        "--num-minibatches",
+        2,
+        "--update-epochs",
+        1,
+        "--capture-video",
+    ]
     process = start(f"{name}.py", *args, "--checkpoint-interval", 1_000_000, cwd=folder)
     wait_until(lambda: list(folder.glob("runs/*/checkpoint.pt")) or process.poll() is not None)
     process.send_signal(signal.SIGINT)
@@ -54,15 +64,10 @@ def interrupted(name: str, folder: Path) -> Path:
 
 
 def train_in(script, folder: Path, **args) -> Path:
-    """Runs main in that folder, gives the signals back to whom they belonged -> folder of the only run there."""
-    handlers = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)}
+    """Runs main in that folder -> folder of the only run there."""
     folder.mkdir(exist_ok=True)
-    try:
-        with contextlib.chdir(folder):
-            script.main(script.Args(**args))
-    finally:
-        for signum, handler in handlers.items():
-            signal.signal(signum, handler)
+    with contextlib.chdir(folder):
+        script.main(script.Args(**args))
     return run_dir_of(folder)
 
 

@@ -35,7 +35,10 @@ class Script(gym.Env):
     """A game that plays as told, whatever is pressed. Frames count from its start; what was pressed is in `pressed`."""
 
     metadata = {"render_modes": ["rgb_array"], "render_fps": 60}
-    observation_space, action_space = gym.spaces.Box(0, 255, (128,), np.uint8), gym.spaces.Discrete(4)
+    observation_space, action_space = (
+        gym.spaces.Box(0, 255, (128,), np.uint8),
+        gym.spaces.Discrete(4),
+    )
     meanings = ("NOOP", "UP", "RIGHT", "LEFT")
     over = 100  # the frame that ends the game
     truncates = False  # whether that is a time limit
@@ -79,7 +82,13 @@ class Script(gym.Env):
         self.pressed.append(int(action))
         over = self.frame == self.over
         reward = float(self.rewards[self.frame])
-        return np.zeros(128, np.uint8), reward, over and not self.truncates, over and self.truncates, self.info()
+        return (
+            np.zeros(128, np.uint8),
+            reward,
+            over and not self.truncates,
+            over and self.truncates,
+            self.info(),
+        )
 
 
 def shown(obs: np.ndarray) -> list[list[int]]:
@@ -109,7 +118,9 @@ def script(ppo_atari, monkeypatch):
 
     def make(**attributes):
         game = type("Game", (Script,), attributes)
-        monkeypatch.setitem(gym.registry, "ScriptNoFrameskip-v4", EnvSpec("ScriptNoFrameskip-v4", game))
+        monkeypatch.setitem(
+            gym.registry, "ScriptNoFrameskip-v4", EnvSpec("ScriptNoFrameskip-v4", game)
+        )
         return ppo_atari.make_env(ppo_atari.Args(env_id="ScriptNoFrameskip-v4"))
 
     return make
@@ -122,7 +133,10 @@ def game(ppo_atari):
     def make(name: str):
         env = ppo_atari.make_env(ppo_atari.Args(env_id=f"{name}NoFrameskip-v4"))
         step, env.unwrapped.pressed = env.unwrapped.step, []
-        env.unwrapped.step = lambda action: (env.unwrapped.pressed.append(int(action)), step(action))[1]
+        env.unwrapped.step = lambda action: (
+            env.unwrapped.pressed.append(int(action)),
+            step(action),
+        )[1]
         return env
 
     return make
@@ -139,7 +153,13 @@ def games_played():
     def spy_reset(env, **kwargs):
         obs, info = reset(env, **kwargs)
         number = current[env]["env"] if env in current else len(current)
-        current[env] = {"env": number, "return": 0.0, "lives": [info["lives"]], "pressed": [], "frames": 0}
+        current[env] = {
+            "env": number,
+            "return": 0.0,
+            "lives": [info["lives"]],
+            "pressed": [],
+            "frames": 0,
+        }
         return obs, info
 
     def spy_step(env, action):
@@ -183,7 +203,13 @@ def breakout(ppo_atari, tmp_path_factory):
         calls.append({"before": copy.deepcopy(agent), "mb": mb})
         return train_step(agent, optimizer, mb, args)
 
-    args = dict(num_envs=4, num_steps=160, num_minibatches=4, total_timesteps=3 * 4 * 160, capture_video=True)
+    args = dict(
+        num_envs=4,
+        num_steps=160,
+        num_minibatches=4,
+        total_timesteps=3 * 4 * 160,
+        capture_video=True,
+    )
     with games_played() as games, pytest.MonkeyPatch.context() as patch:
         patch.setattr(ppo_atari, "train_step", spy)
         run_dir = train(ppo_atari, tmp_path_factory.mktemp("breakout"), **args)
@@ -448,11 +474,18 @@ def make_agent(ppo_atari):
 
 def by_hand(agent, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """images [B, 4, 84, 84] from 0 to 1 -> log-probabilities [B, A], values [B], in the images' dtype."""
-    x, weights = images.contiguous(), {name: w.to(images.dtype) for name, w in agent.state_dict().items()}
+    x, weights = (
+        images.contiguous(),
+        {name: w.to(images.dtype) for name, w in agent.state_dict().items()},
+    )
     for layer, stride in ((0, 4), (2, 2), (4, 1)):
-        weight, bias = (weights[f"network.{layer}.{kind}"].contiguous() for kind in ("weight", "bias"))
+        weight, bias = (
+            weights[f"network.{layer}.{kind}"].contiguous() for kind in ("weight", "bias")
+        )
         x = F.conv2d(x, weight, bias, stride).clamp(min=0)
-    x = (x.reshape(len(x), -1) @ weights["network.7.weight"].T + weights["network.7.bias"]).clamp(min=0)
+    x = (x.reshape(len(x), -1) @ weights["network.7.weight"].T + weights["network.7.bias"]).clamp(
+        min=0
+    )
     logits = x @ weights["actor.weight"].T + weights["actor.bias"]
     return logits.log_softmax(-1), (x @ weights["critic.weight"].T + weights["critic.bias"])[:, 0]
 
@@ -482,7 +515,9 @@ def test_detail_21_shared_nature_cnn(ppo_atari):
     torch.testing.assert_close(value, values, rtol=0, atol=1e-5)
     trunk = list(agent.network.parameters())
     for output in (distribution.logprobs[:, 0].sum(), value.sum()):
-        assert all(gradient.any() for gradient in torch.autograd.grad(output, trunk, retain_graph=True))
+        assert all(
+            gradient.any() for gradient in torch.autograd.grad(output, trunk, retain_graph=True)
+        )
 
 
 def test_detail_22_scaling_images(ppo_atari):
@@ -499,7 +534,9 @@ def test_detail_22_scaling_images(ppo_atari):
     floats = obs.to(torch.float32, memory_format=torch.channels_last)
     of_floats, value_of_floats = agent(floats)
     assert torch.equal(floats, obs.float())  # left as they were
-    assert torch.equal(distribution.logprobs, of_floats.logprobs) and torch.equal(value, value_of_floats)
+    assert torch.equal(distribution.logprobs, of_floats.logprobs) and torch.equal(
+        value, value_of_floats
+    )
     logprobs, values = by_hand(agent, obs.double() / 255)
     torch.testing.assert_close(distribution.logprobs.double(), logprobs, rtol=0, atol=1e-5)
     torch.testing.assert_close(value.double(), values, rtol=0, atol=1e-5)
@@ -520,10 +557,25 @@ def test_orthogonal_weights(ppo_atari):
 def test_defaults_are_those_of_baselines(ppo_atari):
     """Fails when a default is not what baselines/ppo2/defaults.py and run.py take for Atari games."""
     args = ppo_atari.Args()
-    assert (args.num_envs, args.num_steps, args.num_minibatches, args.update_epochs) == (8, 128, 4, 4)
-    assert (args.learning_rate, args.anneal_lr, args.clip_coef, args.anneal_clip) == (2.5e-4, True, 0.1, False)
+    assert (args.num_envs, args.num_steps, args.num_minibatches, args.update_epochs) == (
+        8,
+        128,
+        4,
+        4,
+    )
+    assert (args.learning_rate, args.anneal_lr, args.clip_coef, args.anneal_clip) == (
+        2.5e-4,
+        True,
+        0.1,
+        False,
+    )
     assert (args.gamma, args.gae_lambda, args.ent_coef, args.vf_coef) == (0.99, 0.95, 0.01, 0.5)
-    assert (args.max_grad_norm, args.norm_adv, args.clip_vloss, args.target_kl) == (0.5, True, True, None)
+    assert (args.max_grad_norm, args.norm_adv, args.clip_vloss, args.target_kl) == (
+        0.5,
+        True,
+        True,
+        None,
+    )
     assert args.total_timesteps == 10_000_000 and not args.bootstrap_truncated
 
 
@@ -556,14 +608,18 @@ def test_first_minibatch_has_ratio_one(breakout):
 def test_games_are_logged_not_lives(ppo_atari, breakout, script, tmp_path):
     """Fails when lives or clipped rewards are logged, or one game only of those that end in the same step."""
     run_dir, games, _ = breakout
-    returns, lengths = (scalars(run_dir, f"charts/episodic_{name}") for name in ("return", "length"))
+    returns, lengths = (
+        scalars(run_dir, f"charts/episodic_{name}") for name in ("return", "length")
+    )
     assert len(games) >= 4
     assert all(game["lives"] == [5, 4, 3, 2, 1, 0] for game in games)
     assert [value for _, value in returns] == [game["return"] for game in games]
-    noops = [next(i for i, action in enumerate(game["pressed"]) if action) for game in games]  # FIRE comes after them
+    noops = [
+        next(i for i, action in enumerate(game["pressed"]) if action) for game in games
+    ]  # FIRE comes after them
     expected = [math.ceil((game["frames"] - n) / 4) for game, n in zip(games, noops, strict=True)]
     assert [value for _, value in lengths] == expected
-    assert load(run_dir)["returns"] == [game["return"] for game in games]
+    assert load(run_dir)["recent_returns"] == [game["return"] for game in games]
 
     # games 1 and 3 take 10 steps; 0 and 2 take 21, one of them in a reset: they lose a life just when the others end
     def over(self):
@@ -573,12 +629,28 @@ def test_games_are_logged_not_lives(ppo_atari, breakout, script, tmp_path):
         return np.full(100, 1.0 + self.number)
 
     script(over=property(over), rewards=property(rewards), noops=3, lives={0: 2, 40: 1})
-    run_dir = train(ppo_atari, tmp_path, env_id="ScriptNoFrameskip-v4", num_envs=4, total_timesteps=4 * 24)
+    run_dir = train(
+        ppo_atari, tmp_path, env_id="ScriptNoFrameskip-v4", num_envs=4, total_timesteps=4 * 24
+    )
     long, short = (84 * 1.0, 84 * 3.0), (40 * 2.0, 40 * 4.0)
-    expected = [(40, short[0]), (40, short[1]), (80, long[0]), (80, short[0]), (80, long[1]), (80, short[1])]
+    expected = [
+        (40, short[0]),
+        (40, short[1]),
+        (80, long[0]),
+        (80, short[0]),
+        (80, long[1]),
+        (80, short[1]),
+    ]
     assert scalars(run_dir, "charts/episodic_return") == expected
-    assert [value for _, value in scalars(run_dir, "charts/episodic_length")] == [10, 10, 21, 10, 21, 10]
-    assert load(run_dir)["returns"] == [value for _, value in expected]
+    assert [value for _, value in scalars(run_dir, "charts/episodic_length")] == [
+        10,
+        10,
+        21,
+        10,
+        21,
+        10,
+    ]
+    assert load(run_dir)["recent_returns"] == [value for _, value in expected]
 
 
 @pytest.mark.parametrize("bootstrap", [False, True])
@@ -609,7 +681,9 @@ def test_bootstrap_truncated(ppo_atari, script, tmp_path, monkeypatch, bootstrap
         got, dones = seen.pop()
         # frames that the steps end with: 6, 10 (a life; the reset plays to 14), 18, 22 (over; starts anew at 2), ...
         ends = np.array([6, 10, 18, 22, 6, 10, 18])
-        expected = np.repeat([[np.sign(rewards[end - 3 : end + 1].sum())] for end in ends], 2, 1).astype(float)
+        expected = np.repeat(
+            [[np.sign(rewards[end - 3 : end + 1].sum())] for end in ends], 2, 1
+        ).astype(float)
         assert dones[:, 0].tolist() == dones[:, 1].tolist() == [end in (10, 22) for end in ends]
         if truncates and bootstrap:
             final = torch.empty(2, 1, 84, 84)
@@ -664,7 +738,9 @@ def test_same_seed_same_weights(ppo_atari, tmp_path, monkeypatch):
         torch.set_num_threads(1)
     first, second, other = agents
     assert all(torch.equal(first[name], second[name]) for name in first)
-    assert (first["network.0.weight"] - other["network.0.weight"]).abs().max() > 0.01  # updates move them by 0.001
+    assert (
+        first["network.0.weight"] - other["network.0.weight"]
+    ).abs().max() > 0.01  # updates move them by 0.001
     seeds = [seed for seed in seeds if seed is not None]
     assert len(seeds) == 6 and seeds[:2] == seeds[2:4] and len(set(seeds)) == 4
 
@@ -672,7 +748,9 @@ def test_same_seed_same_weights(ppo_atari, tmp_path, monkeypatch):
 def test_stop_and_resume(ppo_atari, tmp_path, monkeypatch):
     """Fails when Ctrl-C loses the iteration, or when a resumed run begins anew."""
     sizes = ["--num-envs", 2, "--num-steps", 8, "--num-minibatches", 1, "--update-epochs", 1]
-    process = start("ppo_atari.py", *sizes, "--checkpoint-interval", 1, "--learning-rate", 1e-3, cwd=tmp_path)
+    process = start(
+        "ppo_atari.py", *sizes, "--checkpoint-interval", 1, "--learning-rate", 1e-3, cwd=tmp_path
+    )
     wait_until(lambda: list(tmp_path.glob("runs/*/checkpoint.pt")) or process.poll() is not None)
     run_dir = run_dir_of(tmp_path)
     wait_until(lambda: load(run_dir)["iteration"] >= 1 or process.poll() is not None)
@@ -683,7 +761,9 @@ def test_stop_and_resume(ppo_atari, tmp_path, monkeypatch):
     assert f"--resume runs/{run_dir.name}" in stdout
     stopped = load(run_dir)
     done = stopped["iteration"]
-    assert [step for step, _ in scalars(run_dir, "losses/value_loss")] == [16 * (i + 1) for i in range(done)]
+    assert [step for step, _ in scalars(run_dir, "losses/value_loss")] == [
+        16 * (i + 1) for i in range(done)
+    ]
 
     args = stopped["args"] | {"resume": str(run_dir), "total_timesteps": 16 * (done + 2)}
     began_with, train_step = [], ppo_atari.train_step
@@ -694,10 +774,14 @@ def test_stop_and_resume(ppo_atari, tmp_path, monkeypatch):
 
     monkeypatch.setattr(ppo_atari, "train_step", spy)
     assert train(ppo_atari, tmp_path, **args) == run_dir
-    assert all(torch.equal(began_with[0][name], weight) for name, weight in stopped["agent"].items())
+    assert all(
+        torch.equal(began_with[0][name], weight) for name, weight in stopped["agent"].items()
+    )
     resumed = load(run_dir)
     assert resumed["iteration"] == done + 2
-    assert [step for step, _ in scalars(run_dir, "losses/value_loss")] == [16 * (i + 1) for i in range(done + 2)]
+    assert [step for step, _ in scalars(run_dir, "losses/value_loss")] == [
+        16 * (i + 1) for i in range(done + 2)
+    ]
     assert {int(state["step"]) for state in resumed["optimizer"]["state"].values()} == {done + 2}
 
 
@@ -766,7 +850,10 @@ def refused(ppo_atari, capsys, folder: Path, *args: str) -> str:
     [
         (["--env-id", "CartPole-v1"], ["CartPole-v1", "BreakoutNoFrameskip-v4"]),
         (["--env-id", "ALE/Breakout-v5"], ["ALE/Breakout-v5", "BreakoutNoFrameskip-v4"]),
-        (["--gym-id", "BreakotNoFrameskip-v4"], ["BreakotNoFrameskip", "Did you mean: `BreakoutNoFrameskip`"]),
+        (
+            ["--gym-id", "BreakotNoFrameskip-v4"],
+            ["BreakotNoFrameskip", "Did you mean: `BreakoutNoFrameskip`"],
+        ),
         (["--num-minibatches", "3"], ["--num-minibatches 3", "divide", "1024"]),
     ],
     ids=" ".join,
@@ -782,10 +869,16 @@ def test_refusals(ppo_atari, capsys, tmp_path, args, words):
 def test_refusal_without_ale_py_comes_with_the_pip_command(tmp_path):
     """Fails when ImportError is let through."""
     (tmp_path / "without" / "ale_py").mkdir(parents=True)
-    (tmp_path / "without" / "ale_py" / "__init__.py").write_text("raise ImportError('No module named ale_py')")
+    (tmp_path / "without" / "ale_py" / "__init__.py").write_text(
+        "raise ImportError('No module named ale_py')"
+    )
     (tmp_path / "empty").mkdir()
     result = run("ppo_atari.py", cwd=tmp_path / "empty", PYTHONPATH=str(tmp_path / "without"))
     assert (result.returncode, result.stdout) == (2, "")
     (line,) = result.stderr.splitlines()
-    assert line.startswith("ppo_atari.py: ") and "ale_py" in line and 'pip install -e ".[atari]"' in line
+    assert (
+        line.startswith("ppo_atari.py: ")
+        and "ale_py" in line
+        and 'pip install -e ".[atari]"' in line
+    )
     assert not any((tmp_path / "empty").iterdir())

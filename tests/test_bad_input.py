@@ -25,7 +25,9 @@ def folder(tmp_path_factory):
     (cwd / "copies" / "tensor").mkdir()
     torch.save(torch.zeros(3), cwd / "copies" / "tensor" / "checkpoint.pt")
     (cwd / "without_box2d" / "Box2D").mkdir(parents=True)
-    (cwd / "without_box2d" / "Box2D" / "__init__.py").write_text("raise ImportError('not installed')")
+    (cwd / "without_box2d" / "Box2D" / "__init__.py").write_text(
+        "raise ImportError('not installed')"
+    )
     return cwd
 
 
@@ -103,4 +105,9 @@ def test_unknown_flag_and_wrong_type(folder):
 
 def test_lunar_lander_trains_where_box2d_is_installed(tmp_path):
     """Fails when make_env accepts no environment with 8 numbers and 4 actions."""
-    assert run("ppo.py", "--env-id", "LunarLander-v3", "--total-timesteps", 1024, cwd=tmp_path).returncode == 0
+    assert (
+        run(
+            "ppo.py", "--env-id", "LunarLander-v3", "--total-timesteps", 1024, cwd=tmp_path
+        ).returncode
+        == 0
+    )

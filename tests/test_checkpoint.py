@@ -26,7 +26,9 @@ def equal(a: dict, b: dict) -> bool:
 
 def started(cwd, *args):
     """A long run in cwd that has completed an iteration -> process, its folder."""
-    process = start("ppo.py", "--total-timesteps", 10_000_000, "--checkpoint-interval", 1, *args, cwd=cwd)
+    process = start(
+        "ppo.py", "--total-timesteps", 10_000_000, "--checkpoint-interval", 1, *args, cwd=cwd
+    )
     wait_until(lambda: list(cwd.glob("runs/*/checkpoint.pt")) or process.poll() is not None)
     run_dir = run_dir_of(cwd)
     wait_until(lambda: load(run_dir)["iteration"] >= 1)
@@ -44,7 +46,9 @@ def test_kill_leaves_a_whole_checkpoint(tmp_path, attempt):
     logged = [step for step, _ in scalars(run_dir, "losses/value_loss")]
     assert logged[:iteration] == [BATCH * (i + 1) for i in range(iteration)]
 
-    result = run("ppo.py", "--resume", run_dir, "--total-timesteps", BATCH * (iteration + 2), cwd=tmp_path)
+    result = run(
+        "ppo.py", "--resume", run_dir, "--total-timesteps", BATCH * (iteration + 2), cwd=tmp_path
+    )
     assert result.returncode == 0, result.stderr
     assert run_dir_of(tmp_path) == run_dir
     assert load(run_dir)["iteration"] == iteration + 2
@@ -56,7 +60,9 @@ def test_events_are_flushed_before_each_checkpoint(ppo, monkeypatch):
     """Fails without writer.flush(), or when it comes after the save."""
     calls = []
     flush, save = ppo.SummaryWriter.flush, ppo.save_checkpoint
-    monkeypatch.setattr(ppo.SummaryWriter, "flush", lambda writer: (calls.append("flush"), flush(writer)))
+    monkeypatch.setattr(
+        ppo.SummaryWriter, "flush", lambda writer: (calls.append("flush"), flush(writer))
+    )
     monkeypatch.setattr(ppo, "save_checkpoint", lambda *args: (calls.append("save"), save(*args)))
     ppo.main(ppo.Args(total_timesteps=2 * BATCH, checkpoint_interval=1))
     assert calls[:5] == ["save", "flush", "save", "flush", "save"]
@@ -68,20 +74,26 @@ def test_save_that_breaks_off_leaves_the_last_checkpoint(ppo, tmp_path, monkeypa
     run_dir = run_dir_of(tmp_path)
     before = (run_dir / "checkpoint.pt").read_bytes()
 
-    def break_off(checkpoint, path):
-        path.write_bytes(before[:1000])
+    def break_off(checkpoint, file):
+        file.write(before[:1000])
         raise KeyboardInterrupt
 
     monkeypatch.setattr(torch, "save", break_off)
     with pytest.raises(KeyboardInterrupt):
-        ppo.main(ppo.Args(**load(run_dir)["args"] | {"resume": str(run_dir), "total_timesteps": 2 * BATCH}))
+        ppo.main(
+            ppo.Args(
+                **load(run_dir)["args"] | {"resume": str(run_dir), "total_timesteps": 2 * BATCH}
+            )
+        )
     assert (run_dir / "checkpoint.pt").read_bytes() == before
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
 def test_signals_finish_the_iteration_and_save(tmp_path, signum):
     """Fails without the handlers, without the save, or with another exit code."""
-    process = start("ppo.py", "--total-timesteps", 10_000_000, "--checkpoint-interval", 1_000_000, cwd=tmp_path)
+    process = start(
+        "ppo.py", "--total-timesteps", 10_000_000, "--checkpoint-interval", 1_000_000, cwd=tmp_path
+    )
     wait_until(lambda: list(tmp_path.glob("runs/*/checkpoint.pt")) or process.poll() is not None)
     run_dir = run_dir_of(tmp_path)
     time.sleep(0.5)  # some iterations that no checkpoint holds
@@ -92,7 +104,9 @@ def test_signals_finish_the_iteration_and_save(tmp_path, signum):
     iteration = load(run_dir)["iteration"]
     assert iteration >= 1
     assert [step for step, _ in scalars(run_dir, "losses/value_loss")][-1] == BATCH * iteration
-    (command,) = [line.removeprefix("to go on: python ") for line in stdout.splitlines() if "--resume" in line]
+    (command,) = [
+        line.removeprefix("to go on: python ") for line in stdout.splitlines() if "--resume" in line
+    ]
     script, *args = shlex.split(command)
     assert os.path.samefile(tmp_path / script, ROOT / "ppo.py")
     result = run("ppo.py", *args, "--total-timesteps", BATCH * (iteration + 1), cwd=tmp_path)
@@ -112,13 +126,18 @@ def test_two_resumes_of_one_checkpoint_are_equal(ppo, tmp_path):
             torch.save(checkpoint, tmp_path / name / "checkpoint.pt")
         torch.manual_seed(random.randrange(1000))  # main must not depend on what was before it
         np.random.seed(random.randrange(1000))
-        ppo.main(ppo.Args(**checkpoint["args"] | {"resume": str(tmp_path / name), "total_timesteps": 8 * BATCH}))
+        ppo.main(
+            ppo.Args(
+                **checkpoint["args"]
+                | {"resume": str(tmp_path / name), "total_timesteps": 8 * BATCH}
+            )
+        )
         resumed.append(load(tmp_path / name))
     a, b, c = resumed
     assert a["iteration"] == b["iteration"] == 8
     assert equal(a["agent"], b["agent"])
-    assert a["returns"] == b["returns"]
-    assert torch.equal(a["random_states"][2], b["random_states"][2])
+    assert a["recent_returns"] == b["recent_returns"]
+    assert torch.equal(a["torch_random"], b["torch_random"])
     assert not equal(a["agent"], c["agent"])
 
 
@@ -132,14 +151,18 @@ def test_checkpoint_holds_and_restores_everything(ppo, tmp_path):
     assert ppo.Args(**checkpoint["args"]) == args
     assert len(checkpoint["optimizer"]["state"]) == 12
     assert all(state["step"] == 4 * 16 for state in checkpoint["optimizer"]["state"].values())
-    assert checkpoint["returns"] == [value for _, value in scalars(run_dir, "charts/episodic_return")][-100:]
+    assert (
+        checkpoint["recent_returns"]
+        == [value for _, value in scalars(run_dir, "charts/episodic_return")][-100:]
+    )
     # resumed at its end, a run has nothing to do and saves what it restored
     mean = ppo.main(ppo.Args(**checkpoint["args"] | {"resume": str(run_dir)}))
-    assert mean == pytest.approx(np.mean(checkpoint["returns"]))
+    assert mean == pytest.approx(np.mean(checkpoint["recent_returns"]))
     again = load(run_dir)
     assert equal(checkpoint["agent"], again["agent"])
-    assert checkpoint["random_states"][:2] == again["random_states"][:2]
-    assert torch.equal(checkpoint["random_states"][2], again["random_states"][2])
+    assert checkpoint["python_random"] == again["python_random"]
+    assert checkpoint["numpy_random"] == again["numpy_random"]
+    assert torch.equal(checkpoint["torch_random"], again["torch_random"])
     for i, state in checkpoint["optimizer"]["state"].items():
         assert equal(state, again["optimizer"]["state"][i])
 
@@ -153,7 +176,9 @@ def test_resumed_run_keeps_its_arguments_except_those_given_anew(tmp_path):
     assert run("ppo.py", *given, cwd=tmp_path).returncode == 0
     args = load(run_dir)["args"]
     assert (args["learning_rate"], args["anneal_lr"], args["ent_coef"]) == (0.001, False, 0.02)
-    assert [value for _, value in scalars(run_dir, "charts/learning_rate")] == pytest.approx([0.001] * 4)
+    assert [value for _, value in scalars(run_dir, "charts/learning_rate")] == pytest.approx(
+        [0.001] * 4
+    )
 
 
 def test_divergence_stops_the_run_and_keeps_the_last_good_checkpoint(tmp_path):
@@ -161,7 +186,9 @@ def test_divergence_stops_the_run_and_keeps_the_last_good_checkpoint(tmp_path):
     result = run("ppo.py", "--learning-rate", 1e11, "--vf-coef", 1e8, "--total-timesteps", 51_200,
                  "--checkpoint-interval", 1, cwd=tmp_path)  # fmt: skip
     assert result.returncode == 1
-    assert "iteration" in result.stderr and "NaN" in result.stderr and "Traceback" not in result.stderr
+    assert (
+        "iteration" in result.stderr and "NaN" in result.stderr and "Traceback" not in result.stderr
+    )
     assert all(weight.isfinite().all() for weight in load(run_dir_of(tmp_path))["agent"].values())
 
 

@@ -33,7 +33,10 @@ class Script(gym.Env):
     def __init__(self, truncates: bool = False):
         self.truncates, self.length = truncates, 5 + 2 * (len(Script.made) % 2)
         self.rng = np.random.default_rng(len(Script.made))
-        self.began, self.steps = [], []  # first observations; (action, observation, reward, over) of every step
+        self.began, self.steps = (
+            [],
+            [],
+        )  # first observations; (action, observation, reward, over) of every step
         Script.made.append(self)
 
     def observe(self) -> np.ndarray:  # the last one of an episode lies farthest off
@@ -60,11 +63,15 @@ def history(envs: list[Script]) -> SimpleNamespace:
     the step itself led to.
     """
     columns = [[np.stack(column) for column in zip(*env.steps, strict=True)] for env in envs]
-    actions, final_obs, rewards, dones = (np.stack(column, 1) for column in zip(*columns, strict=True))
+    actions, final_obs, rewards, dones = (
+        np.stack(column, 1) for column in zip(*columns, strict=True)
+    )
     obs = np.concatenate([np.stack([env.began[0] for env in envs])[None], final_obs])
     for n, env in enumerate(envs):
         obs[1:, n][dones[:, n]] = env.began[1:]
-    return SimpleNamespace(obs=obs, actions=actions, final_obs=final_obs, rewards=rewards, dones=dones)
+    return SimpleNamespace(
+        obs=obs, actions=actions, final_obs=final_obs, rewards=rewards, dones=dones
+    )
 
 
 def statistics(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, float]:
@@ -101,7 +108,9 @@ def continuous(tmp_path, monkeypatch):
 @pytest.fixture
 def script(continuous, tmp_path_factory, monkeypatch):
     """main, spied on: -> train(**args) -> what every act, compute_gae and train_step got, history, run_dir."""
-    monkeypatch.setitem(gym.registry, "Script-v0", gym.envs.registration.EnvSpec("Script-v0", Script))
+    monkeypatch.setitem(
+        gym.registry, "Script-v0", gym.envs.registration.EnvSpec("Script-v0", Script)
+    )
 
     def train(truncates: bool = False, **args):
         gym.registry["Script-v0"].kwargs["truncates"] = truncates
@@ -119,20 +128,28 @@ def script(continuous, tmp_path_factory, monkeypatch):
         def spy_step(agent, optimizer, mb, args):
             before = copy.deepcopy(agent)
             stats = step(agent, optimizer, mb, args)
-            seen.steps.append(SimpleNamespace(before=before, agent=agent, optimizer=optimizer, mb=mb))
+            seen.steps.append(
+                SimpleNamespace(before=before, agent=agent, optimizer=optimizer, mb=mb)
+            )
             return stats
 
-        sizes = dict(num_envs=NUM_ENVS, num_steps=NUM_STEPS, num_minibatches=2, update_epochs=1, cuda=False)
+        sizes = dict(
+            num_envs=NUM_ENVS, num_steps=NUM_STEPS, num_minibatches=2, update_epochs=1, cuda=False
+        )
         with monkeypatch.context() as patch:
             patch.setattr(Script, "made", [])  # equal runs observe the same
             patch.setattr(continuous.Agent, "act", spy_act)
             patch.setattr(continuous, "compute_gae", spy_gae)
             patch.setattr(continuous, "train_step", spy_step)
             patch.chdir(tmp_path_factory.mktemp("run"))
-            args = sizes | {"env_id": "Script-v0", "total_timesteps": 3 * NUM_STEPS * NUM_ENVS} | args
+            args = (
+                sizes | {"env_id": "Script-v0", "total_timesteps": 3 * NUM_STEPS * NUM_ENVS} | args
+            )
             continuous.main(continuous.Args(**args))
             seen.run_dir = Path(args["resume"]) if "resume" in args else run_dir_of(Path.cwd())
-            seen.history = history([env for env in Script.made if env.steps])  # one more is made to look at its spaces
+            seen.history = history(
+                [env for env in Script.made if env.steps]
+            )  # one more is made to look at its spaces
         return seen
 
     return train
@@ -141,12 +158,12 @@ def script(continuous, tmp_path_factory, monkeypatch):
 def test_detail_23_normal_distribution(continuous):
     """Fails with another density or entropy, without exp, or when samples share their noise or are not normal."""
     mean, logstd, action = torch.randn(5, 3), torch.tensor([-1.0, 0.2, 0.7]), torch.randn(5, 3)
-    ours = continuous.Normal(mean, logstd)
+    ours = continuous.DiagonalGaussian(mean, logstd)
     theirs = torch.distributions.Independent(torch.distributions.Normal(mean, logstd.exp()), 1)
     torch.testing.assert_close(ours.log_prob(action), theirs.log_prob(action))
     torch.testing.assert_close(ours.entropy(), theirs.entropy())
     n = 100_000
-    samples = continuous.Normal(mean[:1].expand(n, 3), logstd).sample()
+    samples = continuous.DiagonalGaussian(mean[:1].expand(n, 3), logstd).sample()
     assert samples.shape == (n, 3)
     z = ((samples - mean[0]) / logstd.exp()).double().numpy()
     assert np.abs(z.mean(0)).max() < 4 / math.sqrt(n)
@@ -166,10 +183,14 @@ def test_detail_24_state_independent_log_std(continuous, script):
         nn.init.constant_(agent.logstd, math.log(deviation))
         distribution, _ = agent(obs)
         peak = distribution.log_prob(distribution.mean).detach().numpy()  # (2 pi sigma^2)^(-A/2)
-        np.testing.assert_allclose(peak, np.full(64, -math.log(2 * math.pi * deviation**2)), rtol=1e-5)
+        np.testing.assert_allclose(
+            peak, np.full(64, -math.log(2 * math.pi * deviation**2)), rtol=1e-5
+        )
     seen = script(learning_rate=0.01)
     for call in seen.steps:
-        assert any(parameter is call.agent.logstd for parameter in call.optimizer.param_groups[0]["params"])
+        assert any(
+            parameter is call.agent.logstd for parameter in call.optimizer.param_groups[0]["params"]
+        )
         assert call.agent.logstd.grad.all()
     assert [call.before.logstd.any().item() for call in seen.steps] == [False] + [True] * 5
     assert load(seen.run_dir)["agent"]["logstd"].abs().min() > 0.005
@@ -180,7 +201,9 @@ def test_detail_25_independent_action_components(continuous):
     mean, action = (np.random.default_rng(seed).normal(size=(4, 6)) for seed in (0, 1))
     std = np.array([0.1, 0.5, 1, 1.5, 2, 4])
     density = np.exp(-((action - mean) ** 2) / (2 * std**2)) / np.sqrt(2 * np.pi * std**2)  # [4, 6]
-    distribution = continuous.Normal(torch.from_numpy(mean), torch.from_numpy(np.log(std)))
+    distribution = continuous.DiagonalGaussian(
+        torch.from_numpy(mean), torch.from_numpy(np.log(std))
+    )
     logprobs = distribution.log_prob(torch.from_numpy(action))
     np.testing.assert_allclose(logprobs.numpy(), np.log(density.prod(1)), rtol=1e-12)
     entropy = sum(0.5 * np.log(2 * np.pi * np.e * s**2) for s in std)
@@ -190,7 +213,9 @@ def test_detail_25_independent_action_components(continuous):
 def test_detail_26_separate_networks(continuous):
     """Fails when policy and value share a layer, or when a layer has another size or activation."""
     agent, obs = continuous.Agent(*SPACES), torch.randn(16, 3)
-    assert not {id(p) for p in agent.actor.parameters()} & {id(p) for p in agent.critic.parameters()}
+    assert not {id(p) for p in agent.actor.parameters()} & {
+        id(p) for p in agent.critic.parameters()
+    }
     for network, outputs in ((agent.actor, 2), (agent.critic, 1)):
         shapes = [tuple(p.shape) for p in network.parameters()]
         assert shapes == [(64, 3), (64,), (64, 64), (64,), (outputs, 64), (outputs,)]
@@ -221,8 +246,14 @@ class Replay(gym.vector.VectorEnv):
 
     single_observation_space, single_action_space = SPACES
 
-    def __init__(self, obs: np.ndarray, rewards: np.ndarray, dones: np.ndarray):  # [K + 1, N, 3], [K, N], [K, N]
-        self.num_envs, self.obs, self.sequel = obs.shape[1], obs, iter(zip(obs[1:], rewards, dones, strict=True))
+    def __init__(
+        self, obs: np.ndarray, rewards: np.ndarray, dones: np.ndarray
+    ):  # [K + 1, N, 3], [K, N], [K, N]
+        self.num_envs, self.obs, self.sequel = (
+            obs.shape[1],
+            obs,
+            iter(zip(obs[1:], rewards, dones, strict=True)),
+        )
 
     def reset(self, *, seed=None, options=None):
         return self.obs[0].copy(), {}
@@ -236,23 +267,30 @@ class Replay(gym.vector.VectorEnv):
 def test_details_28_to_31_equal_baselines(continuous, case):
     """Fails with any other statistics, epsilon, clip range or order, or when the return goes on in the next episode."""
     reference = np.load(ROOT / "tests" / "reference" / "vecnormalize.npz")
-    wanted = SimpleNamespace(**{name[3:]: reference[name] for name in reference if name.startswith(f"{case}/")})
+    wanted = SimpleNamespace(
+        **{name[3:]: reference[name] for name in reference if name.startswith(f"{case}/")}
+    )
     assert (np.abs(wanted.norm_obs) == reference["clipob"]).any() and reference["clipob"] == 10
     assert (np.abs(wanted.norm_rew) == reference["cliprew"]).any() and reference["cliprew"] == 10
     assert wanted.dones[:-1].any()
 
-    envs = continuous.Normalize(Replay(wanted.raw_obs, wanted.raw_rew, wanted.dones), gamma=float(reference["gamma"]))
+    envs = continuous.Normalize(
+        Replay(wanted.raw_obs, wanted.raw_rew, wanted.dones), gamma=float(reference["gamma"])
+    )
     exact = dict(rtol=1e-12, atol=1e-12)
     np.testing.assert_allclose(envs.reset()[0], wanted.norm_reset_obs, **exact)
     for k in range(300):
         obs, rewards, terminated, truncated, _ = envs.step(None)
         np.testing.assert_allclose(obs, wanted.norm_obs[k], **exact)
-        np.testing.assert_allclose(rewards, wanted.norm_rew[k], rtol=1e-6)  # theirs are rounded to float32
+        np.testing.assert_allclose(
+            rewards, wanted.norm_rew[k], rtol=1e-6
+        )  # theirs are rounded to float32
         np.testing.assert_array_equal(terminated | truncated, wanted.dones[k])
-        for name, prefix in (("obs", "ob"), ("return", "ret")):
+        statistics = {"ob": envs.obs_statistics, "ret": envs.return_statistics}
+        for prefix, ours in statistics.items():
             for number in ("mean", "var", "count"):
                 theirs = getattr(wanted, f"{prefix}_{number}")[k]
-                np.testing.assert_allclose(getattr(envs.statistics[name], number), theirs, **exact)
+                np.testing.assert_allclose(getattr(ours, number), theirs, **exact)
 
 
 def test_statistics_are_shared_by_all_environments(continuous):
@@ -260,7 +298,9 @@ def test_statistics_are_shared_by_all_environments(continuous):
     envs = continuous.make_envs(continuous.Args(env_id="Pendulum-v1", num_envs=3))
     raw = [gym.make("Pendulum-v1") for _ in range(3)]
     obs = [np.stack([env.reset(seed=seed)[0] for seed, env in enumerate(raw)])]
-    np.testing.assert_allclose(envs.reset(seed=[0, 1, 2])[0], scaled(obs[0], obs[0]), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(
+        envs.reset(seed=[0, 1, 2])[0], scaled(obs[0], obs[0]), rtol=1e-4, atol=1e-5
+    )
     rewards, rng = [], np.random.default_rng(0)
     for k in range(50):
         actions = rng.uniform(-2, 2, (3, 1)).astype(np.float32)
@@ -269,12 +309,14 @@ def test_statistics_are_shared_by_all_environments(continuous):
         rewards.append([step[1] for step in stepped])
         ours, our_rewards, *_ = envs.step(actions)
         rows = np.concatenate(obs).astype(np.float64)
-        np.testing.assert_allclose(ours, scaled(obs[-1], rows), rtol=1e-4, atol=1e-5)  # Pendulum observes in float32
+        np.testing.assert_allclose(
+            ours, scaled(obs[-1], rows), rtol=1e-4, atol=1e-5
+        )  # Pendulum observes in float32
         returns = discounted(np.array(rewards), np.zeros((k + 1, 3), bool)).flatten()
         expected = rewards[-1] / np.sqrt(statistics(returns)[1] + 1e-8)
         np.testing.assert_allclose(our_rewards, expected.clip(-10, 10), rtol=1e-6)
-    assert envs.statistics["obs"].count == pytest.approx(3 * 51 + 1e-4, abs=1e-9)
-    assert envs.statistics["return"].count == pytest.approx(3 * 50 + 1e-4, abs=1e-9)
+    assert envs.obs_statistics.count == pytest.approx(3 * 51 + 1e-4, abs=1e-9)
+    assert envs.return_statistics.count == pytest.approx(3 * 50 + 1e-4, abs=1e-9)
     envs.close()
 
 
@@ -287,7 +329,9 @@ def test_logged_returns_are_raw(script):
     steps, returns = zip(*scalars(seen.run_dir, "charts/episodic_return"), strict=True)
     assert steps == tuple(ends + 1)
     np.testing.assert_allclose(returns, [episode.sum() for episode in episodes], rtol=1e-5)
-    assert load(seen.run_dir)["returns"] == pytest.approx([episode.sum() for episode in episodes])
+    assert load(seen.run_dir)["recent_returns"] == pytest.approx(
+        [episode.sum() for episode in episodes]
+    )
 
 
 def test_agent_learns_from_normalised_observations_and_rewards(script):
@@ -296,8 +340,12 @@ def test_agent_learns_from_normalised_observations_and_rewards(script):
     returns = discounted(seen.history.rewards, seen.history.dones)
     for k, rewards in enumerate(np.concatenate(seen.rewards)):
         rows = seen.history.obs[: k + 1].reshape(-1, 3)
-        np.testing.assert_allclose(seen.act[k], scaled(seen.history.obs[k], rows), rtol=1e-5, atol=1e-5)
-        expected = seen.history.rewards[k] / np.sqrt(statistics(returns[: k + 1].flatten())[1] + 1e-8)
+        np.testing.assert_allclose(
+            seen.act[k], scaled(seen.history.obs[k], rows), rtol=1e-5, atol=1e-5
+        )
+        expected = seen.history.rewards[k] / np.sqrt(
+            statistics(returns[: k + 1].flatten())[1] + 1e-8
+        )
         np.testing.assert_allclose(rewards, expected.clip(-10, 10), rtol=1e-5)
 
 
@@ -308,8 +356,12 @@ def test_final_observation_is_normalised_for_bootstrap_truncated(script):
     for k, rewards in enumerate(np.concatenate(seen.rewards)):
         rows = seen.history.obs[: k + 2].reshape(-1, 3)
         final_obs = torch.from_numpy(scaled(seen.history.final_obs[k], rows)).float()
-        value = seen.steps[k // NUM_STEPS * 2].before(final_obs)[1].detach().numpy()  # two minibatches an iteration
-        scaled_rewards = seen.history.rewards[k] / np.sqrt(statistics(returns[: k + 1].flatten())[1] + 1e-8)
+        value = (
+            seen.steps[k // NUM_STEPS * 2].before(final_obs)[1].detach().numpy()
+        )  # two minibatches an iteration
+        scaled_rewards = seen.history.rewards[k] / np.sqrt(
+            statistics(returns[: k + 1].flatten())[1] + 1e-8
+        )
         expected = scaled_rewards.clip(-10, 10) + 0.99 * value * seen.history.dones[k]
         np.testing.assert_allclose(rewards, expected, rtol=1e-4, atol=1e-4)
     assert (seen.history.dones.sum(1) == 1).sum() > 5  # one environment's end is no other's
@@ -324,8 +376,8 @@ def test_checkpoint_holds_the_statistics_and_resume_goes_on_with_them(continuous
     assert len(rows) == NUM_ENVS * (steps + 1)
     returns = discounted(seen.history.rewards, seen.history.dones).flatten()
     for name, expected in (("obs", statistics(rows)), ("return", statistics(returns))):
-        assert len(saved[name]) == 3
-        for number, wanted in zip(saved[name], expected, strict=True):
+        assert list(saved[name]) == ["mean", "var", "count"]
+        for number, wanted in zip(saved[name].values(), expected, strict=True):
             np.testing.assert_allclose(number, wanted, rtol=1e-9)
 
     args = continuous.Args(env_id="Script-v0", num_envs=NUM_ENVS)
@@ -334,17 +386,20 @@ def test_checkpoint_holds_the_statistics_and_resume_goes_on_with_them(continuous
     assert envs.state_dict() == saved  # bit for bit: they are Python's floats
     envs.reset()
     assert envs.state_dict()["return"] == saved["return"]
-    assert envs.state_dict()["obs"][2] == saved["obs"][2] + NUM_ENVS
+    assert envs.state_dict()["obs"]["count"] == saved["obs"]["count"] + NUM_ENVS
 
     resumed = script(resume=str(seen.run_dir), total_timesteps=5 * NUM_STEPS * NUM_ENVS)
     all_rows = np.concatenate([rows, resumed.history.obs[0]])
-    np.testing.assert_allclose(resumed.act[0], scaled(resumed.history.obs[0], all_rows), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(
+        resumed.act[0], scaled(resumed.history.obs[0], all_rows), rtol=1e-5, atol=1e-5
+    )
     more_returns = discounted(resumed.history.rewards, resumed.history.dones).flatten()
     all_returns = np.concatenate([returns, more_returns[:NUM_ENVS]])
     expected = resumed.history.rewards[0] / np.sqrt(statistics(all_returns)[1] + 1e-8)
     np.testing.assert_allclose(resumed.rewards[0][0], expected, rtol=1e-5)
     again = load(seen.run_dir)["envs"]
-    for number, wanted in zip(again["return"], statistics(np.concatenate([returns, more_returns])), strict=True):
+    expected = statistics(np.concatenate([returns, more_returns]))
+    for number, wanted in zip(again["return"].values(), expected, strict=True):
         np.testing.assert_allclose(number, wanted, rtol=1e-9)
 
 
@@ -354,7 +409,7 @@ def test_evaluation_uses_the_statistics_and_leaves_them_alone(continuous, tmp_pa
     continuous.main(continuous.Args(env_id="Pendulum-v1", **sizes))
     run_dir = run_dir_of(tmp_path)
     before = {path: path.read_bytes() for path in run_dir.rglob("*")}
-    mean, var, _ = load(run_dir)["envs"]["obs"]
+    mean, var, _ = load(run_dir)["envs"]["obs"].values()
     played, made = [], []
     act, make_envs = continuous.Agent.act, continuous.make_envs
 
@@ -364,7 +419,9 @@ def test_evaluation_uses_the_statistics_and_leaves_them_alone(continuous, tmp_pa
         return action, logprob, value
 
     monkeypatch.setattr(continuous.Agent, "act", spy)
-    monkeypatch.setattr(continuous, "make_envs", lambda *args: made.append(make_envs(*args)) or made[-1])
+    monkeypatch.setattr(
+        continuous, "make_envs", lambda *args: made.append(make_envs(*args)) or made[-1]
+    )
     monkeypatch.syspath_prepend(ROOT / "benchmark")
     evaluate = importlib.import_module("evaluate")
     returns = evaluate.evaluate(evaluate.Args(run_dir=run_dir, episodes=2, seed=3))
@@ -377,7 +434,9 @@ def test_evaluation_uses_the_statistics_and_leaves_them_alone(continuous, tmp_pa
         over, total = False, 0
         while not over:
             agent_obs, action = played[step]
-            by_hand = ((obs.astype(np.float64) - mean) / np.sqrt(np.array(var) + 1e-8)).clip(-10, 10)
+            by_hand = ((obs.astype(np.float64) - mean) / np.sqrt(np.array(var) + 1e-8)).clip(
+                -10, 10
+            )
             np.testing.assert_allclose(agent_obs[0], by_hand, rtol=1e-6, atol=1e-6)
             obs, reward, terminated, truncated, _ = env.step(action[0].clip(-2, 2))
             over, total, step = terminated or truncated, total + reward, step + 1
@@ -407,7 +466,7 @@ def test_same_seed_same_weights(cheetahs):
     for name, weight in first["agent"].items():
         assert torch.equal(weight, second["agent"][name])
     assert first["envs"] == second["envs"]
-    assert first["returns"] == second["returns"]
+    assert first["recent_returns"] == second["recent_returns"]
     assert not torch.equal(first["agent"]["logstd"], other["agent"]["logstd"])
     assert first["envs"] != other["envs"]
 
@@ -530,12 +589,18 @@ def test_refusals(command, tmp_path, monkeypatch, capsys, args, words):
 def test_missing_mujoco_is_refused(tmp_path):
     """Fails when the ImportError, or Gymnasium's DependencyNotInstalled, is let through."""
     (tmp_path / "without" / "mujoco").mkdir(parents=True)
-    (tmp_path / "without" / "mujoco" / "__init__.py").write_text("raise ImportError('not installed')")
+    (tmp_path / "without" / "mujoco" / "__init__.py").write_text(
+        "raise ImportError('not installed')"
+    )
     result = run(SCRIPT, cwd=tmp_path, PYTHONPATH=str(tmp_path / "without"))
     assert result.returncode == 2, result.stderr
     assert result.stdout == ""
     (line,) = result.stderr.splitlines()
-    assert line.startswith(f"{SCRIPT}: --env-id HalfCheetah-v4: ") and "pip install" in line and "mujoco" in line
+    assert (
+        line.startswith(f"{SCRIPT}: --env-id HalfCheetah-v4: ")
+        and "pip install" in line
+        and "mujoco" in line
+    )
     assert not (tmp_path / "runs").exists()
 
 
@@ -559,19 +624,23 @@ def test_stop_and_resume(command, tmp_path, capsys):
     args = ["--env-id", "Pendulum-v1", "--num-steps", 256, "--total-timesteps", 10_000_000]
     process = start(SCRIPT, *args, cwd=tmp_path)
     wait_until(lambda: list(tmp_path.glob("runs/*/checkpoint.pt")) or process.poll() is not None)
-    run_dir = run_dir_of(tmp_path)  # with the checkpoint of iteration 0; the next one is due after iteration 50
+    run_dir = run_dir_of(
+        tmp_path
+    )  # with the checkpoint of iteration 0; the next one is due after iteration 50
     process.send_signal(signal.SIGINT)
     stdout, stderr = process.communicate(timeout=60)
     assert process.returncode == 128 + signal.SIGINT
     assert "Traceback" not in stderr
     stopped = load(run_dir)
     assert 1 <= stopped["iteration"] < 50
-    assert stopped["envs"]["return"][2] == pytest.approx(256 * stopped["iteration"] + 1e-4)
-    (line,) = [line.removeprefix("to go on: python ") for line in stdout.splitlines() if "--resume" in line]
+    assert stopped["envs"]["return"]["count"] == pytest.approx(256 * stopped["iteration"] + 1e-4)
+    (line,) = [
+        line.removeprefix("to go on: python ") for line in stdout.splitlines() if "--resume" in line
+    ]
     script, *args = shlex.split(line)
     assert os.path.samefile(tmp_path / script, ROOT / SCRIPT)
     command(*args, "--total-timesteps", 256 * (stopped["iteration"] + 1))
     resumed = load(run_dir)
     assert resumed["iteration"] == stopped["iteration"] + 1
-    assert resumed["envs"]["return"][2] == pytest.approx(stopped["envs"]["return"][2] + 256)
+    assert resumed["envs"]["return"][2] == pytest.approx(stopped["envs"]["return"]["count"] + 256)
     assert run_dir_of(tmp_path) == run_dir

@@ -39,13 +39,21 @@ class Script(gym.Env):
     def step(self, action):
         self.step_of_episode, self.steps = self.step_of_episode + 1, self.steps + 1
         over = self.step_of_episode == self.length
-        return self.observe(), float(self.steps), over and not self.truncates, over and self.truncates, {}
+        return (
+            self.observe(),
+            float(self.steps),
+            over and not self.truncates,
+            over and self.truncates,
+            {},
+        )
 
 
 @pytest.fixture
 def script(ppo, monkeypatch):
     """ppo.main on scripted environments, spied on: -> train(**args) -> {"act" | "gae" | "step": what each call got}."""
-    monkeypatch.setitem(gym.registry, "Script-v0", gym.envs.registration.EnvSpec("Script-v0", Script))
+    monkeypatch.setitem(
+        gym.registry, "Script-v0", gym.envs.registration.EnvSpec("Script-v0", Script)
+    )
     clock = itertools.count(1_790_000_000)
 
     def train(truncates: bool = False, **args):
@@ -59,7 +67,12 @@ def script(ppo, monkeypatch):
             return act(agent, obs)
 
         def spy_gae(rewards, values, dones, next_value, gamma, gae_lambda):
-            arrays = {"rewards": rewards, "values": values, "dones": dones, "next_value": next_value}
+            arrays = {
+                "rewards": rewards,
+                "values": values,
+                "dones": dones,
+                "next_value": next_value,
+            }
             seen["gae"].append({name: x.copy() for name, x in arrays.items()})
             return gae(rewards, values, dones, next_value, gamma, gae_lambda)
 
@@ -68,7 +81,14 @@ def script(ppo, monkeypatch):
             stats = step(agent, optimizer, mb, args)
             group = copy.copy(optimizer.param_groups[0])
             seen["step"].append(
-                {"before": before, "type": type(optimizer), "group": group, "mb": mb, "args": args, "stats": stats}
+                {
+                    "before": before,
+                    "type": type(optimizer),
+                    "group": group,
+                    "mb": mb,
+                    "args": args,
+                    "stats": stats,
+                }
             )
             return stats
 
@@ -77,8 +97,15 @@ def script(ppo, monkeypatch):
             patch.setattr(ppo.Agent, "act", spy_act)
             patch.setattr(ppo, "compute_gae", spy_gae)
             patch.setattr(ppo, "train_step", spy_step)
-            patch.setattr(time, "time", lambda: next(clock))  # runs of one second get different names
-            ppo.main(ppo.Args(env_id="Script-v0", **(sizes | {"total_timesteps": 5 * NUM_STEPS * NUM_ENVS} | args)))
+            patch.setattr(
+                time, "time", lambda: next(clock)
+            )  # runs of one second get different names
+            ppo.main(
+                ppo.Args(
+                    env_id="Script-v0",
+                    **(sizes | {"total_timesteps": 5 * NUM_STEPS * NUM_ENVS} | args),
+                )
+            )
         return seen
 
     return train
@@ -93,7 +120,12 @@ def minibatch(ppo):
     with torch.no_grad():
         distribution, value = agent(obs)
         logprobs = distribution.log_prob(actions) + 0.3 * torch.randn(128)
-        mb = {"obs": obs, "actions": actions, "logprobs": logprobs, "values": value + 0.3 * torch.randn(128)}
+        mb = {
+            "obs": obs,
+            "actions": actions,
+            "logprobs": logprobs,
+            "values": value + 0.3 * torch.randn(128),
+        }
     return agent, mb | {"advantages": 1 + 2 * torch.randn(128), "returns": value + torch.randn(128)}
 
 
@@ -126,7 +158,9 @@ def test_detail_2_weights_are_orthogonal_and_biases_zero(ppo):
         for layer, gain in zip(layers, (math.sqrt(2), math.sqrt(2), head_gain), strict=True):
             weight = layer.weight.detach()
             gram = weight @ weight.T if weight.shape[0] <= weight.shape[1] else weight.T @ weight
-            torch.testing.assert_close(gram, gain**2 * torch.eye(len(gram)), rtol=0, atol=1e-5 * gain**2)
+            torch.testing.assert_close(
+                gram, gain**2 * torch.eye(len(gram)), rtol=0, atol=1e-5 * gain**2
+            )
             assert not layer.bias.any()
 
 
@@ -143,7 +177,9 @@ def test_detail_4_learning_rate_falls_linearly(script):
     """Fails without the line that sets lr, when the first update has less than the full rate, or when it steps late."""
     rates = [call["group"]["lr"] for call in script(learning_rate=1.0)["step"]]
     assert rates == pytest.approx(np.repeat([1, 0.8, 0.6, 0.4, 0.2], 6))
-    assert {call["group"]["lr"] for call in script(anneal_lr=False, learning_rate=0.1)["step"]} == {0.1}
+    assert {call["group"]["lr"] for call in script(anneal_lr=False, learning_rate=0.1)["step"]} == {
+        0.1
+    }
 
 
 def test_detail_5_gae_bootstraps_the_unfinished_segment(ppo, script):
@@ -157,7 +193,11 @@ def test_detail_5_gae_bootstraps_the_unfinished_segment(ppo, script):
         np.testing.assert_array_equal(call["dones"], np.stack([(t + 1) % 6 == 0] * NUM_ENVS, 1))
     # returns = advantages + values, and the sum of discounted deltas, by its definition
     rng = np.random.default_rng(0)
-    rewards, values, next_value = rng.normal(size=(7, 1)), rng.normal(size=(7, 1)), rng.normal(size=1)
+    rewards, values, next_value = (
+        rng.normal(size=(7, 1)),
+        rng.normal(size=(7, 1)),
+        rng.normal(size=1),
+    )
     dones = np.zeros((7, 1), bool)
     dones[4] = True
     advantages, returns = ppo.compute_gae(rewards, values, dones, next_value, 0.9, 0.8)
@@ -165,7 +205,9 @@ def test_detail_5_gae_bootstraps_the_unfinished_segment(ppo, script):
     delta = rewards + 0.9 * following - values
     for t in range(7):
         end = 5 if t < 5 else 7
-        assert advantages[t] == pytest.approx(sum((0.9 * 0.8) ** (k - t) * delta[k] for k in range(t, end)))
+        assert advantages[t] == pytest.approx(
+            sum((0.9 * 0.8) ** (k - t) * delta[k] for k in range(t, end))
+        )
     np.testing.assert_array_equal(returns, advantages + values)
 
 
@@ -184,8 +226,14 @@ def test_detail_6_every_sample_once_an_epoch_in_a_fresh_order(script):
     assert sum(a != b for a, b in zip(orders[::3], orders[1::3], strict=True)) > 2
     for call in calls:  # and the columns of a minibatch belong together
         assert call["mb"]["obs"].shape == (NUM_STEPS * NUM_ENVS // 2, 4)
-        assert call["mb"]["advantages"].shape == call["mb"]["actions"].shape == (NUM_STEPS * NUM_ENVS // 2,)
-        torch.testing.assert_close(call["mb"]["returns"], call["mb"]["advantages"] + call["mb"]["values"])
+        assert (
+            call["mb"]["advantages"].shape
+            == call["mb"]["actions"].shape
+            == (NUM_STEPS * NUM_ENVS // 2,)
+        )
+        torch.testing.assert_close(
+            call["mb"]["returns"], call["mb"]["advantages"] + call["mb"]["values"]
+        )
     first = calls[0]["mb"]
     torch.testing.assert_close(agent_value(calls[0]["before"], first["obs"]), first["values"])
 
@@ -194,15 +242,21 @@ def agent_value(agent, obs):
     return agent(obs)[1].detach()
 
 
-def test_detail_7_advantages_are_normalised_per_minibatch_by_the_population_deviation(ppo, minibatch):
+def test_detail_7_advantages_are_normalised_per_minibatch_by_the_population_deviation(
+    ppo, minibatch
+):
     """Fails without the normalisation, and with the sample's deviation: [0, 2] has to become [-1, 1]."""
     agent, mb = minibatch
     mb = {name: x[:2] for name, x in mb.items()} | {"advantages": torch.tensor([0.0, 2.0])}
     ratio = by_hand(agent, mb)["ratio"]
     args = ppo.Args(clip_coef=100)
-    assert ppo.ppo_loss(agent, mb, args)[1]["policy_loss"].item() == pytest.approx((ratio[0] - ratio[1]) / 2, rel=1e-5)
+    assert ppo.ppo_loss(agent, mb, args)[1]["policy_loss"].item() == pytest.approx(
+        (ratio[0] - ratio[1]) / 2, rel=1e-5
+    )
     off = replace(args, norm_adv=False)
-    assert ppo.ppo_loss(agent, mb, off)[1]["policy_loss"].item() == pytest.approx(-2 * ratio[1] / 2, rel=1e-5)
+    assert ppo.ppo_loss(agent, mb, off)[1]["policy_loss"].item() == pytest.approx(
+        -2 * ratio[1] / 2, rel=1e-5
+    )
 
 
 def test_detail_8_clipped_surrogate_objective(ppo, minibatch):
@@ -217,20 +271,28 @@ def test_detail_8_clipped_surrogate_objective(ppo, minibatch):
     clipped = ((ratio > 1.2) & (advantages > 0)) | ((ratio < 0.8) & (advantages < 0))
     assert 10 < clipped.sum() < 118
     loss = ppo.ppo_loss(agent, {name: x[clipped] for name, x in mb.items()}, args)[0]
-    assert all(not gradient.any() for gradient in torch.autograd.grad(loss, list(agent.actor.parameters())))
+    assert all(
+        not gradient.any() for gradient in torch.autograd.grad(loss, list(agent.actor.parameters()))
+    )
 
 
 def test_detail_9_value_loss_is_clipped_around_the_old_value(ppo, minibatch):
     """Fails without the clip, without max, without the half, or clipped around anything but the stored value."""
     agent, mb = minibatch
-    value, old, returns = (x.double().numpy() for x in (agent_value(agent, mb["obs"]), mb["values"], mb["returns"]))
+    value, old, returns = (
+        x.double().numpy() for x in (agent_value(agent, mb["obs"]), mb["values"], mb["returns"])
+    )
     clipped = old + np.clip(value - old, -0.2, 0.2)
     expected = 0.5 * np.maximum((value - returns) ** 2, (clipped - returns) ** 2).mean()
-    assert ppo.ppo_loss(agent, mb, ppo.Args())[1]["value_loss"].item() == pytest.approx(expected, rel=1e-5)
+    assert ppo.ppo_loss(agent, mb, ppo.Args())[1]["value_loss"].item() == pytest.approx(
+        expected, rel=1e-5
+    )
     unclipped = 0.5 * ((value - returns) ** 2).mean()
     assert expected > unclipped * 1.01
     off = ppo.Args(clip_vloss=False)
-    assert ppo.ppo_loss(agent, mb, off)[1]["value_loss"].item() == pytest.approx(unclipped, rel=1e-5)
+    assert ppo.ppo_loss(agent, mb, off)[1]["value_loss"].item() == pytest.approx(
+        unclipped, rel=1e-5
+    )
 
 
 def test_detail_10_overall_loss_with_entropy_bonus(ppo, minibatch):
@@ -268,7 +330,15 @@ def test_detail_12_debug_variables(ppo, minibatch, script, tmp_path):
     assert stats["clipfrac"].item() == pytest.approx((np.abs(ratio - 1) > 0.2).mean())
     seen = script(learning_rate=0.01)
     run_dir = run_dir_of(tmp_path)
-    for name in ("policy_loss", "value_loss", "entropy", "old_approx_kl", "approx_kl", "clipfrac", "grad_norm"):
+    for name in (
+        "policy_loss",
+        "value_loss",
+        "entropy",
+        "old_approx_kl",
+        "approx_kl",
+        "clipfrac",
+        "grad_norm",
+    ):
         values = np.array([call["stats"][name].item() for call in seen["step"]]).reshape(5, 6)
         steps, logged = zip(*scalars(run_dir, f"losses/{name}"), strict=True)
         assert steps == (8, 16, 24, 32, 40)
@@ -277,13 +347,17 @@ def test_detail_12_debug_variables(ppo, minibatch, script, tmp_path):
     for call in seen["gae"]:
         returns = ppo.compute_gae(*call.values(), 0.99, 0.95)[1]
         explained.append(1 - np.var(returns - call["values"]) / np.var(returns))
-    np.testing.assert_allclose([v for _, v in scalars(run_dir, "losses/explained_variance")], explained, rtol=1e-5)
+    np.testing.assert_allclose(
+        [v for _, v in scalars(run_dir, "losses/explained_variance")], explained, rtol=1e-5
+    )
 
 
 def test_detail_13_separate_networks(ppo, minibatch):
     """Fails when policy and value share a layer, or when a layer has another size or activation."""
     agent, mb = minibatch
-    assert not {id(p) for p in agent.actor.parameters()} & {id(p) for p in agent.critic.parameters()}
+    assert not {id(p) for p in agent.actor.parameters()} & {
+        id(p) for p in agent.critic.parameters()
+    }
     for network, outputs in ((agent.actor, 2), (agent.critic, 1)):
         assert [tuple(p.shape) for p in network.parameters()] == [
             (64, 4),
@@ -298,7 +372,9 @@ def test_detail_13_separate_networks(ppo, minibatch):
             output = layer(hidden)
             hidden = output.tanh()
         torch.testing.assert_close(network(mb["obs"]), output)
-    gradients = torch.autograd.grad(agent(mb["obs"])[1].sum(), list(agent.actor.parameters()), allow_unused=True)
+    gradients = torch.autograd.grad(
+        agent(mb["obs"])[1].sum(), list(agent.actor.parameters()), allow_unused=True
+    )
     assert gradients == (None,) * 6
 
 
@@ -328,10 +404,16 @@ def epochs_of_first_update(seen) -> int:
 def test_bootstrap_truncated_adds_the_final_value_at_time_limits_alone(script, bootstrap):
     """Fails without the line that adds the value, without gamma, or when a real end of an episode gets it too."""
     for truncates in (False, True):
-        seen = script(truncates=truncates, bootstrap_truncated=bootstrap, learning_rate=1e-9, gamma=0.9)
+        seen = script(
+            truncates=truncates, bootstrap_truncated=bootstrap, learning_rate=1e-9, gamma=0.9
+        )
         for i, call in enumerate(seen["gae"]):
-            final_obs = np.stack(seen["act"][NUM_STEPS * i : NUM_STEPS * (i + 1)]) + np.float32([0, 1, 1, 0])
-            final_value = agent_value(seen["step"][0]["before"], torch.from_numpy(final_obs)).numpy()
+            final_obs = np.stack(seen["act"][NUM_STEPS * i : NUM_STEPS * (i + 1)]) + np.float32(
+                [0, 1, 1, 0]
+            )
+            final_value = agent_value(
+                seen["step"][0]["before"], torch.from_numpy(final_obs)
+            ).numpy()
             raw = final_obs[..., 1]  # its reward is the step of its life
             expected = raw + 0.9 * final_value * call["dones"] * (truncates and bootstrap)
             np.testing.assert_allclose(call["rewards"], expected, atol=1e-4)

@@ -43,7 +43,11 @@ class Engine:
     `final` everywhere else. The step after an end only resets, as EnvPool's do.
     """
 
-    plans = (((3, "life"), (4, "over")), ((7, "over"), (9, "over")), ((5, "cut"), (2, "life"), (6, "over")))
+    plans = (
+        ((3, "life"), (4, "over")),
+        ((7, "over"), (9, "over")),
+        ((5, "cut"), (2, "life"), (6, "over")),
+    )
     final = 0
 
     def __init__(self, name: str):
@@ -84,7 +88,8 @@ class Engine:
 def rows(plan, number: int) -> list[tuple[bool, str]]:
     """The first rows of an environment with that plan -> (is experience, how the episode ends with it, if it does)."""
     every = itertools.chain.from_iterable(
-        [(True, "")] * (length - 1) + [(True, end), (False, "")] for length, end in itertools.cycle(plan)
+        [(True, "")] * (length - 1) + [(True, end), (False, "")]
+        for length, end in itertools.cycle(plan)
     )
     return list(itertools.islice(every, number))
 
@@ -103,7 +108,9 @@ def scripted(script, monkeypatch):
         gymnasium_action_space=gym.spaces.Discrete(4),
     )
     monkeypatch.setattr(envpool, "make_spec", lambda env_id: spec)
-    monkeypatch.setattr(envpool, "make_gymnasium", lambda env_id, **options: Changed(script.__name__))
+    monkeypatch.setattr(
+        envpool, "make_gymnasium", lambda env_id, **options: Changed(script.__name__)
+    )
     return Changed
 
 
@@ -120,7 +127,12 @@ def spied(script, monkeypatch):
     def spy_gae(rewards, values, dones, next_value, *rest):
         advantages, returns = compute_gae(rewards, values, dones, next_value, *rest)
         calls.gae.append(
-            {"rewards": rewards.copy(), "values": values.copy(), "dones": dones.copy(), "returns": returns}
+            {
+                "rewards": rewards.copy(),
+                "values": values.copy(),
+                "dones": dones.copy(),
+                "returns": returns,
+            }
         )
         return advantages, returns
 
@@ -156,7 +168,9 @@ def test_every_experience_once_an_epoch_and_nothing_else(script, scripted, spied
         assert abs(len(learned[0]) - len(learned[1])) <= 1
         orders.append(sum(learned, []))
     in_time = [sorted(order, key=lambda row: row[::-1]) for order in orders]
-    assert orders[0] != orders[1] and all(order not in (sorted(order), in_time[i]) for i, order in enumerate(orders))
+    assert orders[0] != orders[1] and all(
+        order not in (sorted(order), in_time[i]) for i, order in enumerate(orders)
+    )
     for rollout, gae in enumerate(spied.gae):
         dones = [[bool(plans[i][8 * rollout + t][1]) for i in range(3)] for t in range(8)]
         assert gae["dones"].tolist() == dones
@@ -165,8 +179,18 @@ def test_every_experience_once_an_epoch_and_nothing_else(script, scripted, spied
 def run_with(script, scripted, tmp_path, final: int, **args):
     """Weights and logged losses of a run in which episodes end with that shade."""
     scripted.final = final
-    run_dir = train(script, tmp_path / str(len(list(tmp_path.iterdir()))), learning_rate=0.01, **args)
-    names = ("policy_loss", "value_loss", "entropy", "approx_kl", "old_approx_kl", "clipfrac", "explained_variance")
+    run_dir = train(
+        script, tmp_path / str(len(list(tmp_path.iterdir()))), learning_rate=0.01, **args
+    )
+    names = (
+        "policy_loss",
+        "value_loss",
+        "entropy",
+        "approx_kl",
+        "old_approx_kl",
+        "clipfrac",
+        "explained_variance",
+    )
     return load(run_dir)["agent"], {name: scalars(run_dir, f"losses/{name}") for name in names}
 
 
@@ -175,7 +199,9 @@ def test_what_is_no_experience_changes_nothing(script, scripted, tmp_path, monke
 
     Their observations are black in one run and white in the other. The second half shows that it would matter.
     """
-    (black, losses), (white, other_losses) = (run_with(script, scripted, tmp_path, final) for final in (0, 255))
+    (black, losses), (white, other_losses) = (
+        run_with(script, scripted, tmp_path, final) for final in (0, 255)
+    )
     assert all(torch.equal(black[name], white[name]) for name in black)
     assert losses == other_losses
 
@@ -186,7 +212,9 @@ def test_what_is_no_experience_changes_nothing(script, scripted, tmp_path, monke
         return obs, rewards, terminated, truncated, infos | {"valid": np.ones(3, bool)}
 
     monkeypatch.setattr(script.Games, "step", all_valid)
-    (black, losses), (white, other_losses) = (run_with(script, scripted, tmp_path, final) for final in (0, 255))
+    (black, losses), (white, other_losses) = (
+        run_with(script, scripted, tmp_path, final) for final in (0, 255)
+    )
     assert any((black[name] - white[name]).abs().max() > 1e-4 for name in black)
     assert all(losses[name] != other_losses[name] for name in losses)
 
@@ -196,7 +224,10 @@ def test_explained_variance_is_that_of_experience(script, scripted, spied, tmp_p
     run_dir = train(script, tmp_path)
     valid = np.array([[experience for experience, _ in rows(plan, 24)] for plan in Engine.plans]).T
     for (_, logged), gae, rollout in zip(
-        scalars(run_dir, "losses/explained_variance"), spied.gae, valid.reshape(3, 8, 3), strict=True
+        scalars(run_dir, "losses/explained_variance"),
+        spied.gae,
+        valid.reshape(3, 8, 3),
+        strict=True,
     ):
         returns, values = gae["returns"][rollout], gae["values"][rollout]
         assert logged == pytest.approx(1 - np.var(returns - values) / np.var(returns), abs=1e-5)
@@ -208,7 +239,9 @@ def test_first_minibatch_has_ratio_one(script, scripted, spied, tmp_path):
     for mb in spied.minibatches[::4]:
         with torch.no_grad():
             distribution, value = mb["before"](mb["obs"])
-        assert ((distribution.log_prob(mb["actions"]) - mb["logprobs"]).exp() - 1).abs().max() < 1e-6
+        assert (
+            (distribution.log_prob(mb["actions"]) - mb["logprobs"]).exp() - 1
+        ).abs().max() < 1e-6
         torch.testing.assert_close(value, mb["values"], rtol=0, atol=1e-5)
 
 
@@ -228,8 +261,10 @@ def test_whole_games_are_logged_with_raw_rewards(script, scripted, tmp_path):
                 totals[i] = lengths[i] = 0
     steps = [(step, value) for step, value in scalars(run_dir, "charts/episodic_return")]
     assert steps == [(step, total) for step, total, _ in expected]
-    assert [value for _, value in scalars(run_dir, "charts/episodic_length")] == [length for *_, length in expected]
-    assert load(run_dir)["returns"] == [total for _, total, _ in expected]
+    assert [value for _, value in scalars(run_dir, "charts/episodic_length")] == [
+        length for *_, length in expected
+    ]
+    assert load(run_dir)["recent_returns"] == [total for _, total, _ in expected]
 
 
 def test_bootstrap_truncated(script, scripted, spied, tmp_path):
@@ -237,7 +272,11 @@ def test_bootstrap_truncated(script, scripted, spied, tmp_path):
 
     The cut at row 4 is followed by a row of the same rollout, the one of row 7 by the next rollout's first.
     """
-    scripted.plans = (((5, "cut"), (2, "life"), (6, "over")), ((8, "cut"), (4, "over")), ((8, "over"),))
+    scripted.plans = (
+        ((5, "cut"), (2, "life"), (6, "over")),
+        ((8, "cut"), (4, "over")),
+        ((8, "over"),),
+    )
     scripted.final = 77
     for bootstrap in (False, True):
         args = dict(gamma=0.9, bootstrap_truncated=bootstrap, total_timesteps=24)
@@ -261,7 +300,11 @@ def test_procgen_rewards_are_scaled_as_by_baselines():
     """Details 30 and 31. Fails without scaling or clipping, with another epsilon, or when a return does not restart."""
     with np.load(Path(__file__).parent / "reference" / "vecnormalize.npz") as file:
         for case in ("n1", "n4"):
-            reference = {name.removeprefix(f"{case}/"): file[name] for name in file.files if name.startswith(case)}
+            reference = {
+                name.removeprefix(f"{case}/"): file[name]
+                for name in file.files
+                if name.startswith(case)
+            }
             played = zip(reference["raw_rew"], reference["dones"].astype(bool), strict=True)
             n = reference["raw_rew"].shape[1]
 
@@ -273,7 +316,13 @@ def test_procgen_rewards_are_scaled_as_by_baselines():
 
                 def step(self, actions, played=played):
                     rewards, dones = next(played)
-                    return None, rewards, dones, np.zeros_like(dones), {"valid": np.ones(len(dones), bool)}
+                    return (
+                        None,
+                        rewards,
+                        dones,
+                        np.zeros_like(dones),
+                        {"valid": np.ones(len(dones), bool)},
+                    )
 
             envs = ppo_procgen.ScaleRewards(Recorded(), 0.99)
             envs.reset()
@@ -294,12 +343,15 @@ def test_procgen_statistics_are_those_of_experience(scripted_procgen, tmp_path):
         discounted = discounted * 0.9 + rewards[t + 1] * experience
         seen.extend(discounted[experience])
         discounted[[bool(plan[t][1]) for plan in plans]] = 0
-    mean, var, count = load(run_dir)["envs"]["return"]
+    mean, var, count = load(run_dir)["envs"]["return"].values()
     assert count == pytest.approx(len(seen) + 1e-4)
-    assert (mean, var) == (pytest.approx(np.mean(seen), abs=1e-3), pytest.approx(np.var(seen), rel=1e-3))
+    assert (mean, var) == (
+        pytest.approx(np.mean(seen), abs=1e-3),
+        pytest.approx(np.var(seen), rel=1e-3),
+    )
     args = load(run_dir)["args"] | {"resume": str(run_dir), "total_timesteps": 4 * 24}
     train(ppo_procgen, tmp_path, **args)
-    assert load(run_dir)["envs"]["return"][2] > count + 15
+    assert load(run_dir)["envs"]["return"]["count"] > count + 15
 
 
 @pytest.fixture
@@ -347,12 +399,16 @@ def play(script, steps: int, seed: int = 3, **args):
     return played
 
 
-@pytest.mark.parametrize(("name", "env_id"), [("ppo_atari_envpool", "Breakout-v5"), ("ppo_procgen", "starpilot")])
+@pytest.mark.parametrize(
+    ("name", "env_id"), [("ppo_atari_envpool", "Breakout-v5"), ("ppo_procgen", "starpilot")]
+)
 def test_engine_resets_on_the_next_step(name, env_id):
     """What all of this rests on: after an end comes a row without reward, never an end, whatever was pressed."""
     played = play(importlib.import_module(name), 400, env_id=env_id, num_envs=4)
     resets = 0
-    for (_, _, terminated, truncated, _), (_, rewards, again, cut, infos) in itertools.pairwise(played[1:]):
+    for (_, _, terminated, truncated, _), (_, rewards, again, cut, infos) in itertools.pairwise(
+        played[1:]
+    ):
         over = terminated | truncated
         assert (infos["valid"] == ~over).all()
         assert not rewards[over].any() and not again[over].any() and not cut[over].any()
@@ -363,7 +419,9 @@ def test_engine_resets_on_the_next_step(name, env_id):
 def test_engine_plays_the_seed(script):
     """Fails when the seed is not used, or environments get the same one."""
     args = dict(num_envs=3)
-    first, second, other = (play(script, 40, seed=seed, **args) for seed in (3, 3, [7, 8, 2**32 - 1]))
+    first, second, other = (
+        play(script, 40, seed=seed, **args) for seed in (3, 3, [7, 8, 2**32 - 1])
+    )
     for (obs, rewards, *_), (obs2, rewards2, *_) in zip(first, second, strict=True):
         assert (obs == obs2).all() and np.array_equal(rewards, rewards2)
     assert any((a[0] != b[0]).any() for a, b in zip(first, other, strict=True))
@@ -380,7 +438,9 @@ def test_breakout_games_are_those_of_the_emulator():
     assert args.env_id == script.Args(env_id="ALE/Breakout-v5").env_id == "Breakout-v5"
     envs = script.make_envs(args)
     envs.reset(seed=3)
-    engine = envpool.make_gymnasium("Breakout-v5", num_envs=4, seed=3, episodic_life=True, reward_clip=True)
+    engine = envpool.make_gymnasium(
+        "Breakout-v5", num_envs=4, seed=3, episodic_life=True, reward_clip=True
+    )
     engine.reset()
     rng, raw, games = np.random.default_rng(1), np.zeros(4), 0
     for _ in range(500):
@@ -389,7 +449,11 @@ def test_breakout_games_are_those_of_the_emulator():
         *_, engine_infos = engine.step(actions)
         raw += engine_infos["reward"]
         over = engine_infos["lives"] == 0
-        assert (infos["final_info"]["_episode"] == over).all() if over.any() else "final_info" not in infos
+        assert (
+            (infos["final_info"]["_episode"] == over).all()
+            if over.any()
+            else "final_info" not in infos
+        )
         for i in np.flatnonzero(over):
             assert infos["final_info"]["episode"]["r"][i] == raw[i]
             assert infos["final_info"]["episode"]["l"][i] == engine_infos["elapsed_step"][i]
@@ -429,12 +493,16 @@ def test_engine_beside_the_wrappers(game):
     obs, infos = engine.reset()
     emulator.reset(seed=1)
     noops, differences, done = {begin(infos["ram"])}, 0, False
-    stack = np.stack([ppo_atari.warp(ale.getScreenRGB())] * 4)  # detail 20: filled with the first frame
+    stack = np.stack(
+        [ppo_atari.warp(ale.getScreenRGB())] * 4
+    )  # detail 20: filled with the first frame
     assert (obs[0] == stack).all()
     while ale.lives() or game == "Pong":
         action = int(rng.integers(emulator.action_space.n))
         obs, rewards, terminated, _, infos = engine.step(np.array([action]))
-        if done:  # a life is lost: unlike ours, no step of no-op, FIRE and RIGHT, and the stack goes on
+        if (
+            done
+        ):  # a life is lost: unlike ours, no step of no-op, FIRE and RIGHT, and the stack goes on
             noops.add(begin(infos["ram"]))
             stack = np.concatenate([stack[1:], ppo_atari.warp(ale.getScreenRGB())[None]])
             assert (obs[0] == stack).all()
@@ -448,7 +516,9 @@ def test_engine_beside_the_wrappers(game):
             assert (ale.getRAM() == infos["ram"]).all()
             assert (rewards[0], infos["reward"][0]) == (np.sign(reward), reward)  # detail 19
             assert infos["lives"][0] == ale.lives()
-            luminance = np.maximum(*(cv2.cvtColor(screen, cv2.COLOR_RGB2GRAY) for screen in screens[-2:]))
+            luminance = np.maximum(
+                *(cv2.cvtColor(screen, cv2.COLOR_RGB2GRAY) for screen in screens[-2:])
+            )
             image = cv2.resize(luminance, (84, 84), interpolation=cv2.INTER_AREA)  # detail 18
             ours = ppo_atari.warp(np.maximum(*screens[-2:]))
             differences += (image != ours).any()
@@ -480,7 +550,9 @@ def test_engine_clips_rewards_for_the_learner_alone():
 
 def test_impala_network():
     """The appendix. Fails with another layer, channel, stride or activation, or without a residual connection."""
-    agent = ppo_procgen.Agent(gym.spaces.Box(0, 255, (3, 64, 64), np.uint8), gym.spaces.Discrete(15))
+    agent = ppo_procgen.Agent(
+        gym.spaces.Box(0, 255, (3, 64, 64), np.uint8), gym.spaces.Discrete(15)
+    )
     for name, parameter in agent.named_parameters():
         if name.endswith("bias"):
             nn.init.normal_(parameter, std=0.1)
@@ -506,7 +578,9 @@ def test_impala_network():
 
 def test_impala_initialisation():
     """Detail 2 where baselines has it, TensorFlow's default elsewhere. Fails with other gains or biases."""
-    agent = ppo_procgen.Agent(gym.spaces.Box(0, 255, (3, 64, 64), np.uint8), gym.spaces.Discrete(15))
+    agent = ppo_procgen.Agent(
+        gym.spaces.Box(0, 255, (3, 64, 64), np.uint8), gym.spaces.Discrete(15)
+    )
     layers = [layer for layer in agent.modules() if hasattr(layer, "weight")]
     assert not any(layer.bias.any() for layer in layers)
     for layer in layers[:-2]:
@@ -515,7 +589,9 @@ def test_impala_initialisation():
         assert 0.95 * bound < layer.weight.abs().max() <= bound
     for layer, gain in zip(layers[-2:], (0.01, 1.0), strict=True):
         gram = layer.weight @ layer.weight.T
-        torch.testing.assert_close(gram, gain**2 * torch.eye(len(gram)), rtol=0, atol=1e-5 * gain**2)
+        torch.testing.assert_close(
+            gram, gain**2 * torch.eye(len(gram)), rtol=0, atol=1e-5 * gain**2
+        )
 
 
 def test_defaults():
@@ -526,9 +602,19 @@ def test_defaults():
     ours, theirs = vars(ppo_atari_envpool.Args()), vars(ppo_atari.Args())
     assert {name for name in ours if ours[name] != theirs[name]} == {"exp_name", "env_id"}
     args = ppo_procgen.Args()
-    assert (args.env_id, args.distribution_mode, args.num_levels, args.start_level) == ("starpilot", "easy", 0, 0)
+    assert (args.env_id, args.distribution_mode, args.num_levels, args.start_level) == (
+        "starpilot",
+        "easy",
+        0,
+        0,
+    )
     assert (args.total_timesteps, args.num_envs, args.num_steps) == (25_000_000, 64, 256)
-    assert (args.num_minibatches, args.update_epochs, args.learning_rate, args.anneal_lr) == (8, 3, 5e-4, False)
+    assert (args.num_minibatches, args.update_epochs, args.learning_rate, args.anneal_lr) == (
+        8,
+        3,
+        5e-4,
+        False,
+    )
     assert (args.gamma, args.gae_lambda, args.clip_coef, args.ent_coef) == (0.999, 0.95, 0.2, 0.01)
 
 
@@ -537,7 +623,9 @@ def test_all_games_of_procgen_can_be_made():
     games = "bigfish bossfight caveflyer chaser climber coinrun dodgeball fruitbot heist jumper leaper maze miner ninja"
     for game in (*games.split(), "plunder", "procgen:procgen-StarPilot-v0"):
         for mode in ("easy", "hard"):
-            args = ppo_procgen.Args(env_id=game, distribution_mode=mode, num_levels=3, start_level=40, num_envs=2)
+            args = ppo_procgen.Args(
+                env_id=game, distribution_mode=mode, num_levels=3, start_level=40, num_envs=2
+            )
             envs = ppo_procgen.make_envs(args)
             obs, _ = envs.reset(seed=1)
             assert obs.shape == (2, 3, 64, 64) and obs.dtype == np.uint8
@@ -563,7 +651,9 @@ def test_train_film_stop_resume_evaluate(name, tmp_path, capsys):
     first, second = resumed
     assert first["iteration"] == done + 2
     assert all(torch.equal(first["agent"][key], second["agent"][key]) for key in first["agent"])
-    assert [step for step, _ in scalars(run_dir, "losses/value_loss")] == [64 * (i + 1) for i in range(done + 2)]
+    assert [step for step, _ in scalars(run_dir, "losses/value_loss")] == [
+        64 * (i + 1) for i in range(done + 2)
+    ]
     pictures = (210, 160, 3) if "atari" in name else (512, 512, 3)
     for folder in (f"videos/from-step-{64 * done}", "evaluation"):
         if folder == "evaluation":
@@ -571,7 +661,9 @@ def test_train_film_stop_resume_evaluate(name, tmp_path, capsys):
                 continue
             import evaluate
 
-            returns = evaluate.evaluate(evaluate.Args(run_dir, episodes=3, capture_video=True))  # training films 2 of 3
+            returns = evaluate.evaluate(
+                evaluate.Args(run_dir, episodes=3, capture_video=True)
+            )  # training films 2 of 3
             assert len(returns) == 3 and len(list((run_dir / folder).glob("*.mp4"))) == 3
         with VideoFileClip(str(next((run_dir / folder).glob("*episode-0.mp4")))) as clip:
             frames = [frame.copy() for frame in clip.iter_frames()]
@@ -588,11 +680,15 @@ def test_evaluation_of_breakout(tmp_path):
 
     steps, step = [], script.Games.step
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(script.Games, "step", lambda *args: (result := step(*args), steps.append(result))[0])
+        patch.setattr(
+            script.Games, "step", lambda *args: (result := step(*args), steps.append(result))[0]
+        )
         returns = evaluate.evaluate(evaluate.Args(run_dir, episodes=2, capture_video=True))
     assert len(list((run_dir / "evaluation").glob("*.mp4"))) == 2
     assert sum((result[2] | result[3]).sum() for result in steps) == 10  # lives
-    assert sum(returns) == sum(result[1].sum() for result in steps)  # no brick of the lowest rows is worth more than 1
+    assert sum(returns) == sum(
+        result[1].sum() for result in steps
+    )  # no brick of the lowest rows is worth more than 1
 
 
 def test_same_seed_same_weights(script, tmp_path):
@@ -617,7 +713,11 @@ def test_the_seed_of_the_environments(script, tmp_path, monkeypatch):
 
     monkeypatch.setattr(script.Games, "reset", spy)
     run_dir = train(script, tmp_path / "first")
-    train(script, tmp_path / "first", **load(run_dir)["args"] | {"resume": str(run_dir), "total_timesteps": 96})
+    train(
+        script,
+        tmp_path / "first",
+        **load(run_dir)["args"] | {"resume": str(run_dir), "total_timesteps": 96},
+    )
     train(script, tmp_path / "other", seed=2)
     assert len(seeds) == 3 and len({seed for drawn in seeds for seed in drawn}) == 9
 
@@ -628,7 +728,11 @@ def test_the_seed_of_the_environments(script, tmp_path, monkeypatch):
         ("ppo_atari_envpool", ["--env-id", "Breakot-v5"], ["Breakot-v5", "Breakout-v5"]),
         ("ppo_atari_envpool", ["--env-id", "Ant-v5"], ["Ant-v5", "no Atari game"]),
         ("ppo_atari_envpool", ["--gym-id", "CartPole-v1"], ["CartPole-v1", "no Atari game"]),
-        ("ppo_atari_envpool", ["--num-minibatches", "3"], ["--num-minibatches 3", "divide", "1024"]),
+        (
+            "ppo_atari_envpool",
+            ["--num-minibatches", "3"],
+            ["--num-minibatches 3", "divide", "1024"],
+        ),
         ("ppo_atari_envpool", ["--num-steps", "1"], ["--num-steps 1", "at least"]),
         ("ppo_atari_envpool", ["--num-minibatches", "512"], ["2 samples a minibatch", "at least"]),
         ("ppo_procgen", ["--env-id", "starpilo"], ["starpilo", "bigfish", "starpilot"]),
@@ -656,7 +760,11 @@ def test_runs_of_another_mode_cannot_be_gone_on_with(scripted_procgen, capsys, t
     """Fails when levels of another mode are trained on with statistics and curves of the first."""
     run_dir = train(ppo_procgen, tmp_path)
     with pytest.raises(SystemExit):
-        train(ppo_procgen, tmp_path, **load(run_dir)["args"] | {"resume": str(run_dir), "distribution_mode": "hard"})
+        train(
+            ppo_procgen,
+            tmp_path,
+            **load(run_dir)["args"] | {"resume": str(run_dir), "distribution_mode": "hard"},
+        )
     assert "cannot change its distribution_mode, easy" in capsys.readouterr().err
 
 
@@ -665,7 +773,9 @@ def without(folder: Path, *packages: str) -> str:
     folder.mkdir()
     for package in packages:
         (folder / package).mkdir()
-        (folder / package / "__init__.py").write_text(f"raise ImportError('No module named {package}')")
+        (folder / package / "__init__.py").write_text(
+            f"raise ImportError('No module named {package}')"
+        )
     (folder / "sitecustomize.py").write_text(
         "import ctypes\nload = ctypes.CDLL.__init__\n"
         "def init(self, name, *args, **kwargs):\n"
@@ -684,10 +794,16 @@ def without(folder: Path, *packages: str) -> str:
 def test_missing_package_comes_with_the_pip_command(tmp_path, name, package, extra):
     """Fails when ImportError is let through."""
     (tmp_path / "empty").mkdir()
-    result = run(f"{name}.py", cwd=tmp_path / "empty", PYTHONPATH=without(tmp_path / "path", package))
+    result = run(
+        f"{name}.py", cwd=tmp_path / "empty", PYTHONPATH=without(tmp_path / "path", package)
+    )
     assert (result.returncode, result.stdout) == (2, ""), result.stderr
     (line,) = result.stderr.splitlines()
-    assert line.startswith(f"{name}.py: ") and package in line and f'pip install -e ".[{extra}]"' in line
+    assert (
+        line.startswith(f"{name}.py: ")
+        and package in line
+        and f'pip install -e ".[{extra}]"' in line
+    )
     assert not any((tmp_path / "empty").iterdir())
 
 
@@ -703,6 +819,17 @@ def test_qt_of_the_package_or_of_the_system(tmp_path, system):
     if system:  # as good as installed
         (tmp_path / "path" / "sitecustomize.py").unlink()
         environment["LD_LIBRARY_PATH"] = f"{PyQt5.__path__[0]}/Qt5/lib"
-    args = ["--num-envs", 2, "--num-steps", 8, "--num-minibatches", 1, "--update-epochs", 1, "--total-timesteps", 16]
+    args = [
+        "--num-envs",
+        2,
+        "--num-steps",
+        8,
+        "--num-minibatches",
+        1,
+        "--update-epochs",
+        1,
+        "--total-timesteps",
+        16,
+    ]
     result = run("ppo_procgen.py", *args, cwd=tmp_path, **environment)
     assert result.returncode == 0, result.stderr

@@ -26,7 +26,9 @@ def trained(tmp_path_factory):
 
 def test_cartpole_is_solved_within_300k_steps(trained):
     """Fails when PPO does not learn: random play gets about 22."""
-    returns = np.array([value for _, value in scalars(run_dir_of(trained), "charts/episodic_return")])
+    returns = np.array(
+        [value for _, value in scalars(run_dir_of(trained), "charts/episodic_return")]
+    )
     means_of_100 = np.convolve(returns, np.full(100, 0.01), mode="valid")
     assert means_of_100[0] < 60
     assert means_of_100.max() >= 475
@@ -35,14 +37,20 @@ def test_cartpole_is_solved_within_300k_steps(trained):
 def test_evaluation_agrees_with_training(trained):
     """Fails when evaluate.py plays another agent, another environment, or the wrong actions."""
     run_dir = run_dir_of(trained)
-    command = [sys.executable, str(ROOT / "benchmark" / "evaluate.py"), str(run_dir), "--episodes", "50"]
+    command = [
+        sys.executable,
+        str(ROOT / "benchmark" / "evaluate.py"),
+        str(run_dir),
+        "--episodes",
+        "50",
+    ]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     summary, listed = result.stdout.splitlines()
     returns = np.array([float(word) for word in listed.removeprefix("returns:").split()])
     assert len(returns) == 50
     assert f"mean return {returns.mean():.2f}, std {returns.std():.2f}" in summary
-    last_100 = np.array(load(run_dir)["returns"])
+    last_100 = np.array(load(run_dir)["recent_returns"])
     noise = np.sqrt(returns.var() / 50 + last_100.var() / 100)
     assert abs(returns.mean() - last_100.mean()) < 4 * noise + 5
 
@@ -66,15 +74,26 @@ def test_logged_names(trained):
     lengths = scalars(run_dir, "charts/episodic_length")
     assert lengths == scalars(run_dir, "charts/episodic_return")  # CartPole pays 1 for every step
     steps = 300_000 // 512 * 512
-    assert steps - 4 * 500 <= sum(length for _, length in lengths) <= steps  # all but the 4 unfinished episodes
+    assert (
+        steps - 4 * 500 <= sum(length for _, length in lengths) <= steps
+    )  # all but the 4 unfinished episodes
 
 
 @pytest.fixture(scope="module")
 def tracked(tmp_path_factory):
     """A folder with a short run that is tracked offline and filmed; made once for all tests."""
     cwd = tmp_path_factory.mktemp("tracked")
-    args = ["--track", "--capture-video", "--total-timesteps", 2048, "--wandb-project-name", "proof"]
-    shutil.copy(ROOT / "ppo.py", cwd)  # W&B saves the code of a script that lies below the working directory
+    args = [
+        "--track",
+        "--capture-video",
+        "--total-timesteps",
+        2048,
+        "--wandb-project-name",
+        "proof",
+    ]
+    shutil.copy(
+        ROOT / "ppo.py", cwd
+    )  # W&B saves the code of a script that lies below the working directory
     result = run(cwd / "ppo.py", *args, cwd=cwd, WANDB_MODE="offline")
     assert result.returncode == 0, result.stderr
     return cwd

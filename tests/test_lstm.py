@@ -45,7 +45,13 @@ def seen(lstm, tmp_path_factory):
         calls["step"].append((copy.deepcopy(agent), mb))
         return step(agent, optimizer, mb, args)
 
-    sizes = dict(num_envs=NUM_ENVS, num_steps=NUM_STEPS, num_minibatches=2, update_epochs=2, learning_rate=0.002)
+    sizes = dict(
+        num_envs=NUM_ENVS,
+        num_steps=NUM_STEPS,
+        num_minibatches=2,
+        update_epochs=2,
+        learning_rate=0.002,
+    )
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(tmp_path_factory.mktemp("lstm"))
         patch.setattr(lstm.Agent, "act", spy_act)
@@ -68,7 +74,8 @@ def plain_loop(agent, obs, starts, state):
     lstm = agent.lstm
     hidden = agent.network(obs.float() / 255).detach().double().unflatten(0, (-1, state.shape[1]))
     (w_x, w_h, b_x, b_h) = (
-        p.detach().double() for p in (lstm.weight_ih_l0, lstm.weight_hh_l0, lstm.bias_ih_l0, lstm.bias_hh_l0)
+        p.detach().double()
+        for p in (lstm.weight_ih_l0, lstm.weight_hh_l0, lstm.bias_ih_l0, lstm.bias_hh_l0)
     )
     h, c = state.double()
     outputs = []
@@ -87,16 +94,25 @@ def plain_loop(agent, obs, starts, state):
 def test_detail_32_lstm_initialisation(lstm):
     """Fails without the loop over the LSTM's parameters, or with another gain."""
     agent = lstm.Agent(*SPACES)
-    assert isinstance(agent.lstm, nn.LSTM) and (agent.lstm.input_size, agent.lstm.hidden_size) == (512, 128)
+    assert isinstance(agent.lstm, nn.LSTM) and (agent.lstm.input_size, agent.lstm.hidden_size) == (
+        512,
+        128,
+    )
     for name, parameter in agent.lstm.named_parameters():
         if "bias" in name:
             assert not parameter.any()
         else:
-            gram = parameter @ parameter.T if parameter.shape[0] <= parameter.shape[1] else parameter.T @ parameter
+            gram = (
+                parameter @ parameter.T
+                if parameter.shape[0] <= parameter.shape[1]
+                else parameter.T @ parameter
+            )
             torch.testing.assert_close(gram, torch.eye(len(gram)), rtol=0, atol=1e-5)
     for head, gain in ((agent.actor, 0.01), (agent.critic, 1.0)):
         gram = head.weight @ head.weight.T
-        torch.testing.assert_close(gram, gain**2 * torch.eye(len(gram)), rtol=0, atol=1e-5 * gain**2)
+        torch.testing.assert_close(
+            gram, gain**2 * torch.eye(len(gram)), rtol=0, atol=1e-5 * gain**2
+        )
 
 
 def test_detail_33_states_start_at_zero(seen):
@@ -113,7 +129,9 @@ def test_detail_34_states_are_reset_at_episode_ends(lstm, seen):
     for t in range(1, len(dones)):
         obs, starts, state, after = seen["act"][t]
         np.testing.assert_array_equal(starts, dones[t - 1])
-        torch.testing.assert_close(state, seen["act"][t - 1][3])  # carried from step to step and rollout to rollout
+        torch.testing.assert_close(
+            state, seen["act"][t - 1][3]
+        )  # carried from step to step and rollout to rollout
     agent = lstm.Agent(*SPACES)
     obs, state = torch.randint(0, 256, (3, 1, 84, 84), dtype=torch.uint8), torch.randn(2, 3, 128)
     _, value, after = agent(obs, torch.tensor([False, True, False]), state)
@@ -132,7 +150,9 @@ def test_detail_35_minibatches_are_whole_environments_in_time_order(seen):
         rolled_out = torch.stack([obs for obs, *_ in steps])  # [T, N, 1, 84, 84]
         for epoch in range(2):
             first = rollout * 4 + epoch * 2
-            learned = [mb["obs"].unflatten(0, (NUM_STEPS, -1)) for _, mb in seen["step"][first : first + 2]]
+            learned = [
+                mb["obs"].unflatten(0, (NUM_STEPS, -1)) for _, mb in seen["step"][first : first + 2]
+            ]
             envs = []
             for sequence in torch.cat(learned, 1).unbind(1):
                 envs += [n for n in range(NUM_ENVS) if torch.equal(rolled_out[:, n], sequence)]
@@ -149,7 +169,9 @@ def test_detail_36_states_are_reconstructed_and_the_first_ratio_is_one(seen):
         if update == 0:
             continue  # as initialised, all actions are about equally likely, whatever the state
         assert (ratio(agent, mb, starts=torch.zeros_like(mb["starts"])) - 1).abs().max() > 1e-4
-        assert (ratio(agent, mb, lstm_state=torch.zeros_like(mb["lstm_state"])) - 1).abs().max() > 1e-4
+        assert (
+            ratio(agent, mb, lstm_state=torch.zeros_like(mb["lstm_state"])) - 1
+        ).abs().max() > 1e-4
 
 
 def test_segments_equal_a_plain_loop_over_steps(lstm):
@@ -162,7 +184,9 @@ def test_segments_equal_a_plain_loop_over_steps(lstm):
         starts, state = torch.rand(steps * envs) < rate, torch.randn(2, envs, 128)
         distribution, value, after = agent(obs, starts, state)
         logits, expected_value, expected_state = plain_loop(agent, obs, starts, state)
-        torch.testing.assert_close(distribution.logprobs.double(), logits.log_softmax(-1), rtol=0, atol=2e-5)
+        torch.testing.assert_close(
+            distribution.logprobs.double(), logits.log_softmax(-1), rtol=0, atol=2e-5
+        )
         torch.testing.assert_close(value.double(), expected_value, rtol=0, atol=2e-5)
         torch.testing.assert_close(after.double(), expected_state, rtol=0, atol=2e-5)
 
@@ -211,13 +235,22 @@ def test_bootstrap_truncated_keeps_the_state(lstm, tmp_path, monkeypatch):
     """Fails when the final observation is valued with a state that was reset, or with another environment's."""
     monkeypatch.chdir(tmp_path)
     kwargs = dict(gym.spec("BreakoutNoFrameskip-v4").kwargs, max_num_frames_per_episode=150)
-    monkeypatch.setitem(gym.registry["BreakoutNoFrameskip-v4"].kwargs, "max_num_frames_per_episode", 150)
+    monkeypatch.setitem(
+        gym.registry["BreakoutNoFrameskip-v4"].kwargs, "max_num_frames_per_episode", 150
+    )
     assert kwargs["max_num_frames_per_episode"] == 150
     forward, gae, finals, got = lstm.Agent.forward, lstm.compute_gae, [], []
+    act, acting = lstm.Agent.act, []
+
+    def spy_act(*inputs):
+        acting.append(True)
+        result = act(*inputs)
+        acting.pop()
+        return result
 
     def spy_forward(agent, obs, starts, state):
         result = forward(agent, obs, starts, state)
-        if not torch.is_grad_enabled() and obs.dtype == torch.float32 and not starts.any():
+        if not torch.is_grad_enabled() and not acting and not starts.any():
             finals.append((obs.clone(), state.clone(), result[1].clone()))
         return result
 
@@ -225,6 +258,7 @@ def test_bootstrap_truncated_keeps_the_state(lstm, tmp_path, monkeypatch):
         got.append(rewards.copy())
         return gae(rewards, *rest)
 
+    monkeypatch.setattr(lstm.Agent, "act", spy_act)
     monkeypatch.setattr(lstm.Agent, "forward", spy_forward)
     monkeypatch.setattr(lstm, "compute_gae", spy_gae)
     sizes = dict(num_envs=2, num_steps=48, num_minibatches=2, update_epochs=1)
@@ -232,7 +266,10 @@ def test_bootstrap_truncated_keeps_the_state(lstm, tmp_path, monkeypatch):
     assert finals
     for _, state, value in finals[:2]:
         assert state.any()
-        assert np.isclose(np.abs(got[0] - 0.9 * value[0].item()), 0, atol=1e-6).any() or value[0].abs() < 1e-6
+        assert (
+            np.isclose(np.abs(got[0] - 0.9 * value[0].item()), 0, atol=1e-6).any()
+            or value[0].abs() < 1e-6
+        )
 
 
 @pytest.fixture(scope="module")

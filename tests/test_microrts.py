@@ -112,7 +112,9 @@ def test_values_beyond_the_planes_count_as_the_last(script):
     env = script.make_env(script.Args()).unwrapped
     obs, _ = env.observe(SimpleNamespace(observation=layers))
     sizes = [5, 5, 3, 8, 6]
-    expected = [np.eye(size)[layer.clip(0, size - 1)] for size, layer in zip(sizes, layers, strict=True)]
+    expected = [
+        np.eye(size)[layer.clip(0, size - 1)] for size, layer in zip(sizes, layers, strict=True)
+    ]
     np.testing.assert_array_equal(obs, np.concatenate(expected, -1))
 
 
@@ -161,31 +163,31 @@ def test_weights_and_clip_of_the_rewards(script):
 
 def test_classic_and_exact_masks():
     """Fails when a mask offers busy units, the wrong owner's, or when --exact-unit-mask is not the engine's."""
-    try:
-        for exact in (False, True):
-            args = ppo_multidiscrete_mask.Args(exact_unit_mask=exact, env_id=ENEMY)
-            env = ppo_multidiscrete_mask.make_env(args)
-            _, info = env.reset(seed=3)
-            rng, different, busy = np.random.default_rng(0), 0, 0
-            harvest = [action(1, 1, MOVE, UP), action(0, 1, HARVEST, LEFT)]  # which takes longer than a step
-            for step in range(60):
-                mask = info["action_mask"]
-                assert mask.shape == (229,) and mask.dtype == bool and mask[100:129].all()
-                layers = env.unwrapped.layers
-                classic = (layers[2] == 1) & (layers[4] == 0)
-                engines = np.array(env.unwrapped.client.getUnitMasks(0)) == 1
-                assert (mask[:100].reshape(10, 10) == (engines if exact else classic)).all()
-                assert (mask[129:].reshape(10, 10) == (layers[2] == 2) & (layers[4] == 0)).all()
-                different += (engines != classic).any()
-                busy += ((layers[2] == 1) & (layers[4] > 0)).any()
-                chosen = rng.integers(0, env.action_space.nvec)
-                chosen[0] = rng.choice(np.flatnonzero(mask[:100])) if mask[:100].any() else 0
-                _, _, terminated, _, info = env.step(harvest[step] if step < 2 else chosen)
-                if terminated:
-                    _, info = env.reset()
-            assert different > 5 and busy
-    finally:
-        ppo_multidiscrete_mask.Microrts.exact_unit_mask = False
+    for exact in (False, True):
+        args = ppo_multidiscrete_mask.Args(exact_unit_mask=exact, env_id=ENEMY)
+        env = ppo_multidiscrete_mask.make_env(args)
+        _, info = env.reset(seed=3)
+        rng, different, busy = np.random.default_rng(0), 0, 0
+        harvest = [
+            action(1, 1, MOVE, UP),
+            action(0, 1, HARVEST, LEFT),
+        ]  # which takes longer than a step
+        for step in range(60):
+            mask = info["action_mask"]
+            assert mask.shape == (229,) and mask.dtype == bool and mask[100:129].all()
+            layers = env.unwrapped.layers
+            classic = (layers[2] == 1) & (layers[4] == 0)
+            engines = np.array(env.unwrapped.client.getUnitMasks(0)) == 1
+            assert (mask[:100].reshape(10, 10) == (engines if exact else classic)).all()
+            assert (mask[129:].reshape(10, 10) == (layers[2] == 2) & (layers[4] == 0)).all()
+            different += (engines != classic).any()
+            busy += ((layers[2] == 1) & (layers[4] > 0)).any()
+            chosen = rng.integers(0, env.action_space.nvec)
+            chosen[0] = rng.choice(np.flatnonzero(mask[:100])) if mask[:100].any() else 0
+            _, _, terminated, _, info = env.step(harvest[step] if step < 2 else chosen)
+            if terminated:
+                _, info = env.reset()
+        assert different > 5 and busy
 
 
 def battle(script, seed: int, beside: bool = False) -> list[bytes]:
@@ -219,7 +221,9 @@ def test_render_shows_the_fields(mining):
     empty = fields[5, 5]
     assert {field for field in np.ndindex(10, 10) if (fields[field] != empty).any()} == units
     ours, theirs = fields[1, 1], fields[8, 8]
-    assert ours[2, 16, 2] == 255 and theirs[2, 16, 0] == 255 and (ours[16, 16] == theirs[16, 16]).all()
+    assert (
+        ours[2, 16, 2] == 255 and theirs[2, 16, 0] == 255 and (ours[16, 16] == theirs[16, 16]).all()
+    )
     before = picture.copy()
     mining.step(action(1, 1, MOVE, UP))
     assert (mining.render() != before).any()
@@ -261,7 +265,9 @@ def test_detail_37_components_are_independent():
         frequencies = part.bincount(minlength=len(p[0])) / 40_000
         torch.testing.assert_close(frequencies.double(), p[0], rtol=0, atol=0.015)
     agreement = ((many[:, 0] == 0) & (many[:, 1] == 0)).float().mean()
-    assert agreement == pytest.approx(float(probabilities[0][0, 0] * probabilities[1][0, 0]), abs=0.015)
+    assert agreement == pytest.approx(
+        float(probabilities[0][0, 0] * probabilities[1][0, 0]), abs=0.015
+    )
 
 
 def test_detail_a4_masked_actions_have_no_probability_and_no_gradient():
@@ -281,7 +287,9 @@ def test_detail_a4_masked_actions_have_no_probability_and_no_gradient():
     torch.testing.assert_close(ours.entropy(), entropy, rtol=0, atol=1e-5)
     (gradient,) = torch.autograd.grad(ours.log_prob(actions).sum() + ours.entropy().sum(), logits)
     assert not gradient[~mask].any() and gradient.isfinite().all() and gradient[mask].any()
-    (expected,) = torch.autograd.grad(sum(d.log_prob(a).sum() for d, a in zip(theirs, actions.T, strict=True)), logits)
+    (expected,) = torch.autograd.grad(
+        sum(d.log_prob(a).sum() for d, a in zip(theirs, actions.T, strict=True)), logits
+    )
     (gradient,) = torch.autograd.grad(ppo_multidiscrete_mask.MultiCategorical(logits, NVEC, mask).log_prob(
         actions).sum(), logits)  # fmt: skip
     torch.testing.assert_close(gradient, expected, rtol=0, atol=1e-5)
@@ -289,7 +297,10 @@ def test_detail_a4_masked_actions_have_no_probability_and_no_gradient():
 
 def test_a_component_without_a_choice():
     """Fails when no free unit at all makes NaN, a gradient or entropy."""
-    logits, mask = torch.randn(4, sum(NVEC), requires_grad=True), torch.ones(4, sum(NVEC), dtype=torch.bool)
+    logits, mask = (
+        torch.randn(4, sum(NVEC), requires_grad=True),
+        torch.ones(4, sum(NVEC), dtype=torch.bool),
+    )
     mask[:, :3] = False
     ours = ppo_multidiscrete_mask.MultiCategorical(logits, NVEC, mask)
     plain = ppo_multidiscrete.MultiCategorical(logits[:, 3:], NVEC[1:])
@@ -316,11 +327,16 @@ def test_first_minibatch_has_ratio_one_and_masks_are_stored(script, tmp_path, mo
         masks = [mb["action_mask"]] if masked else []
         with torch.no_grad():
             distribution, value = agent(mb["obs"], *masks)
-        assert ((distribution.log_prob(mb["actions"]) - mb["logprobs"]).exp() - 1).abs().max() < 1e-6
+        assert (
+            (distribution.log_prob(mb["actions"]) - mb["logprobs"]).exp() - 1
+        ).abs().max() < 1e-6
         torch.testing.assert_close(value, mb["values"], rtol=0, atol=1e-5)
         if masked:
             some = mb["action_mask"][:, :100].any(-1)
-            assert mb["action_mask"][:, :100].gather(1, mb["actions"][:, :1])[some].all() and some.any()
+            assert (
+                mb["action_mask"][:, :100].gather(1, mb["actions"][:, :1])[some].all()
+                and some.any()
+            )
             free = (mb["obs"][..., 11] == 1) & (mb["obs"][..., 21] == 1)  # ours, doing nothing
             assert (mb["action_mask"][:, :100] == free.flatten(1)).all()
     assert load(run_dir)["iteration"] == 3
@@ -331,13 +347,26 @@ def test_network(script):
     space = ppo_multidiscrete.Microrts.observation_space, ppo_multidiscrete.Microrts.action_space
     agent = script.Agent(*space)
     assert [tuple(p.shape) for p in agent.parameters()] == [
-        *((16, 27, 3, 3), (16,), (32, 16, 2, 2), (32,), (128, 288), (128,), (229, 128), (229,), (1, 128), (1,)),
+        *(
+            (16, 27, 3, 3),
+            (16,),
+            (32, 16, 2, 2),
+            (32,),
+            (128, 288),
+            (128,),
+            (229, 128),
+            (229,),
+            (1, 128),
+            (1,),
+        ),
     ]
     layers = [layer for layer in agent.modules() if isinstance(layer, (nn.Conv2d, nn.Linear))]
     for layer, gain in zip(layers, [2**0.5] * 3 + [0.01, 1.0], strict=True):
         weight = layer.weight.detach().flatten(1).double()
         gram = weight @ weight.T if weight.shape[0] <= weight.shape[1] else weight.T @ weight
-        torch.testing.assert_close(gram, gain**2 * torch.eye(len(gram)).double(), rtol=0, atol=1e-5 * gain**2)
+        torch.testing.assert_close(
+            gram, gain**2 * torch.eye(len(gram)).double(), rtol=0, atol=1e-5 * gain**2
+        )
         assert not layer.bias.any()
     obs = torch.randint(0, 2, (3, 10, 10, 27), dtype=torch.uint8)
     masks = [torch.ones(3, 229, dtype=torch.bool)] if script is ppo_multidiscrete_mask else []
@@ -346,7 +375,9 @@ def test_network(script):
     x = nn.functional.conv2d(x, layers[1].weight.double()).relu().flatten(1)
     x = (x @ layers[2].weight.double().T).relu()
     value = agent(obs, *masks)[1]
-    torch.testing.assert_close(value.double(), (x @ layers[4].weight.double().T)[:, 0], rtol=0, atol=1e-5)
+    torch.testing.assert_close(
+        value.double(), (x @ layers[4].weight.double().T)[:, 0], rtol=0, atol=1e-5
+    )
 
 
 def test_same_seed_same_weights(script, tmp_path):
@@ -370,13 +401,18 @@ def test_train_film_stop_resume_evaluate(name, tmp_path):
     args = load(run_dir)["args"] | {"resume": str(run_dir), "total_timesteps": 64 * (done + 8)}
     assert train(script, tmp_path, **args) == run_dir
     assert load(run_dir)["iteration"] == done + 8
-    assert [step for step, _ in scalars(run_dir, "losses/value_loss")] == [64 * (i + 1) for i in range(done + 8)]
+    assert [step for step, _ in scalars(run_dir, "losses/value_loss")] == [
+        64 * (i + 1) for i in range(done + 8)
+    ]
     assert [length for _, length in scalars(run_dir, "charts/episodic_length")][-1] == 200
     import evaluate
 
     returns = evaluate.evaluate(evaluate.Args(run_dir, episodes=2, capture_video=True))
     assert len(returns) == 2
-    videos = [*run_dir.glob("evaluation/*.mp4"), *run_dir.glob(f"videos/from-step-{64 * done}/*.mp4")]
+    videos = [
+        *run_dir.glob("evaluation/*.mp4"),
+        *run_dir.glob(f"videos/from-step-{64 * done}/*.mp4"),
+    ]
     assert len(videos) >= 3
     with VideoFileClip(str(videos[0])) as clip:
         frames = [frame.copy() for frame in clip.iter_frames()]
@@ -422,7 +458,9 @@ def test_missing_engine_is_refused_before_anything_is_written(tmp_path, fake, wo
     environment = {"PYTHONPATH": str(path)}
     if fake == "version":
         (path / "gym_microrts-0.3.2.dist-info").mkdir()
-        (path / "gym_microrts-0.3.2.dist-info" / "METADATA").write_text("Name: gym-microrts\nVersion: 0.3.2\n")
+        (path / "gym_microrts-0.3.2.dist-info" / "METADATA").write_text(
+            "Name: gym-microrts\nVersion: 0.3.2\n"
+        )
     elif fake == "java":
         environment["JAVA_HOME"] = "/nowhere"
     else:

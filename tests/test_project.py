@@ -18,9 +18,19 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 def index() -> dict[str, dict]:
     """docs/details.md -> {number: {"name", "where": scripts, "tests"}}."""
-    rows = re.findall(r"^\| (A?\d+) \| (.+?) \|(.*?)\|.*\|(.*?)\|$", (ROOT / "docs" / "details.md").read_text(), re.M)
-    where = {row[0]: SCRIPTS if "every script" in row[2] else re.findall(r"`(ppo\w*\.py)`", row[2]) for row in rows}
-    return {number: {"name": name, "where": where[number], "tests": tests} for number, name, _, tests in rows}
+    rows = re.findall(
+        r"^\| (A?\d+) \| (.+?) \|(.*?)\|.*\|(.*?)\|$",
+        (ROOT / "docs" / "details.md").read_text(),
+        re.M,
+    )
+    where = {
+        row[0]: SCRIPTS if "every script" in row[2] else re.findall(r"`(ppo\w*\.py)`", row[2])
+        for row in rows
+    }
+    return {
+        number: {"name": name, "where": where[number], "tests": tests}
+        for number, name, _, tests in rows
+    }
 
 
 def comments(script: str) -> list[tuple[str, str]]:
@@ -29,7 +39,11 @@ def comments(script: str) -> list[tuple[str, str]]:
 
 
 def functions(path: Path) -> set[str]:
-    return {node.name for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.FunctionDef)}
+    return {
+        node.name
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.FunctionDef)
+    }
 
 
 def test_index_comments_and_tests_agree():
@@ -59,7 +73,9 @@ def test_script_metadata_equals_pyproject(script):
     extras |= {"ppo_atari.py": ["atari"], "ppo_atari_lstm.py": ["atari"]}
     extras |= {"ppo_atari_envpool.py": ["envpool"], "ppo_procgen.py": ["procgen"]}
     extras |= {"ppo_multidiscrete.py": ["microrts"], "ppo_multidiscrete_mask.py": ["microrts"]}
-    wanted = PROJECT["dependencies"] + [pin for e in extras[script] for pin in PROJECT["optional-dependencies"][e]]
+    wanted = PROJECT["dependencies"] + [
+        pin for e in extras[script] for pin in PROJECT["optional-dependencies"][e]
+    ]
     assert metadata["dependencies"] == wanted
 
 
@@ -68,7 +84,9 @@ def test_everything_is_pinned_and_in_all():
     extras = PROJECT["optional-dependencies"]
     names = {"atari", "mujoco", "envpool", "procgen", "microrts", "benchmark", "test", "all"}
     assert names <= extras.keys()
-    assert set(extras["all"]) == {pin for name, pins in extras.items() if name not in ("all", "test") for pin in pins}
+    assert set(extras["all"]) == {
+        pin for name, pins in extras.items() if name not in ("all", "test") for pin in pins
+    }
     for pin in PROJECT["dependencies"] + [pin for pins in extras.values() for pin in pins]:
         assert re.match(r"[\w.-]+(\[[\w,-]+\])?==[\w.]+( *;.*)?$", pin), pin
 
@@ -85,7 +103,9 @@ def test_every_extra_imports():
 def test_importing_a_script_does_nothing(script, tmp_path):
     """Fails when a script trains, prints or writes on import."""
     code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import {script.removesuffix('.py')}"
-    result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True
+    )
     assert (result.returncode, result.stdout, list(tmp_path.iterdir())) == (0, "", [])
 
 
@@ -97,7 +117,13 @@ def test_readme_figures_come_from_the_results():
     """Fails when README.md shows another speed than the committed measurements."""
     readme, results = (ROOT / "README.md").read_text(), ROOT / "benchmark" / "results"
     measured = [json.loads(path.read_text()) for path in results.glob("speed_*.json")]
-    env_ids = {"CartPole-v1", "HalfCheetah-v4", "BreakoutNoFrameskip-v4", "Breakout-v5", "MicrortsMining-v1"}
+    env_ids = {
+        "CartPole-v1",
+        "HalfCheetah-v4",
+        "BreakoutNoFrameskip-v4",
+        "Breakout-v5",
+        "MicrortsMining-v1",
+    }
     assert {speed["env_id"] for speed in measured} == env_ids
     for speed in measured:
         for name, ratio in speed["ratio"].items():
@@ -107,14 +133,25 @@ def test_readme_figures_come_from_the_results():
         for name, ratio in json.loads(path.read_text())["ratio"].items():
             assert ratio == 1 or re.search(rf"\b{ratio} for\s`{re.escape(name)}`", readme), name
     for part, ratio in json.loads((results / "lstm_segments.json").read_text())["ratio"].items():
-        assert re.search(rf"{ratio} times (as fast )?for the {part.replace('agent', 'gradient')}", readme), part
+        assert re.search(
+            rf"{ratio} times (as fast )?for the {part.replace('agent', 'gradient')}", readme
+        ), part
 
 
 @pytest.mark.slow
 def test_speed_measures_all_contestants(tmp_path):
     """Fails when a contestant cannot run, or when the measurements or their commit are not saved."""
-    command = [sys.executable, str(ROOT / "benchmark" / "speed.py"), "--steps", "4096", "--repeats", "1"]
-    result = subprocess.run([*command, "--save", str(tmp_path / "speed.json")], capture_output=True, text=True)
+    command = [
+        sys.executable,
+        str(ROOT / "benchmark" / "speed.py"),
+        "--steps",
+        "4096",
+        "--repeats",
+        "1",
+    ]
+    result = subprocess.run(
+        [*command, "--save", str(tmp_path / "speed.json")], capture_output=True, text=True
+    )
     assert result.returncode == 0, result.stderr
     record = json.loads((tmp_path / "speed.json").read_text())
     assert re.match(r"[0-9a-f]{40}$", record["commit"])

@@ -16,9 +16,16 @@ SPACES = gym.spaces.Box(-np.inf, np.inf, (4,)), gym.spaces.Discrete(2)
 def test_gae_equals_baselines(ppo, case, rollout):
     """Fails without `* goes_on` in delta or in discount, without next_value, or with float32 sums."""
     reference = np.load(REFERENCE / "gae.npz")
-    of = {name: reference[f"case{case}/{name}"][rollout] for name in ("rewards", "values", "dones", "final_dones")}
-    last_values, gamma, lam = (reference[f"case{case}/{name}"] for name in ("last_values", "gamma", "lam"))
-    dones = np.concatenate([of["dones"][1:], of["final_dones"][None]])  # ended before step t+1 = ended by action t
+    of = {
+        name: reference[f"case{case}/{name}"][rollout]
+        for name in ("rewards", "values", "dones", "final_dones")
+    }
+    last_values, gamma, lam = (
+        reference[f"case{case}/{name}"] for name in ("last_values", "gamma", "lam")
+    )
+    dones = np.concatenate(
+        [of["dones"][1:], of["final_dones"][None]]
+    )  # ended before step t+1 = ended by action t
     advantages, returns = ppo.compute_gae(
         of["rewards"], of["values"], dones, last_values[rollout], float(gamma), float(lam)
     )
@@ -54,8 +61,13 @@ def test_twenty_updates_equal_baselines(ppo, compile):
     for k in range(20):
         assert reference["cliprange"][k] == args.clip_coef
         optimizer.param_groups[0]["lr"] = reference["lr"][k]
-        optimizer.param_groups[0]["eps"] = 1e-5 / (1 - 0.999 ** (k + 1)) ** 0.5  # see reference/README.md
-        mb = {name: torch.from_numpy(reference[name][k]) for name in ("obs", "actions", "values", "returns")}
+        optimizer.param_groups[0]["eps"] = (
+            1e-5 / (1 - 0.999 ** (k + 1)) ** 0.5
+        )  # see reference/README.md
+        mb = {
+            name: torch.from_numpy(reference[name][k])
+            for name in ("obs", "actions", "values", "returns")
+        }
         mb["advantages"] = mb["returns"] - mb["values"]
         mb["logprobs"] = -torch.from_numpy(reference["neglogpacs"][k])
         stats = ppo.train_step(agent, optimizer, mb, args)
@@ -81,5 +93,9 @@ def test_forward_equals_baselines(ppo):
     torch.testing.assert_close(distribution.logprobs, logprobs, rtol=0, atol=1e-6)
     torch.testing.assert_close(value, torch.from_numpy(reference["fwd0/vf"]), rtol=0, atol=1e-6)
     neglogp = -distribution.log_prob(torch.from_numpy(reference["actions"][0]))
-    torch.testing.assert_close(neglogp, torch.from_numpy(reference["fwd0/neglogp"]), rtol=0, atol=1e-6)
-    torch.testing.assert_close(distribution.entropy(), torch.from_numpy(reference["fwd0/entropy"]), rtol=0, atol=1e-6)
+    torch.testing.assert_close(
+        neglogp, torch.from_numpy(reference["fwd0/neglogp"]), rtol=0, atol=1e-6
+    )
+    torch.testing.assert_close(
+        distribution.entropy(), torch.from_numpy(reference["fwd0/entropy"]), rtol=0, atol=1e-6
+    )

@@ -35,7 +35,13 @@ def folder(tmp_path_factory):
 def files(folder):
     """The prefix of the files that report.py writes of all these runs, and what it printed."""
     runs = sorted(map(str, (folder / "runs").iterdir()))
-    command = [sys.executable, str(ROOT / "benchmark" / "report.py"), *runs, "--save", str(folder / "out" / "all")]
+    command = [
+        sys.executable,
+        str(ROOT / "benchmark" / "report.py"),
+        *runs,
+        "--save",
+        str(folder / "out" / "all"),
+    ]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     return folder / "out" / "all", result.stdout
@@ -53,7 +59,9 @@ def test_runs(folder, files):
         run_dir = folder / "runs" / run.run
         steps = [step for step, _ in scalars(run_dir, "charts/SPS")]
         assert (run.steps, run.total_timesteps) == (steps[-1], steps[-1])
-        assert run.script == "ppo.py" and run.env_id in run.run and f"__ppo__{run.seed}__" in run.run
+        assert (
+            run.script == "ppo.py" and run.env_id in run.run and f"__ppo__{run.seed}__" in run.run
+        )
         assert re.match(r"[0-9a-f]{40}$", run.commit) and re.match(r"\d{4}-\d\d-\d\d$", run.date)
         assert "core" in run.machine
         if run.env_id == "CartPole-v1":
@@ -64,7 +72,10 @@ def test_runs(folder, files):
     commands = set(runs.command)
     sizes = "--num-envs 2 --num-steps 64 --num-minibatches 2 --update-epochs 1"
     assert f"python ppo.py --total-timesteps 4096 {sizes}" in commands
-    assert any("--total-timesteps 2048 --num-envs 2 --num-steps 64 --no-anneal-lr --gamma 0.9" in c for c in commands)
+    assert any(
+        "--total-timesteps 2048 --num-envs 2 --num-steps 64 --no-anneal-lr --gamma 0.9" in c
+        for c in commands
+    )
 
 
 def test_curves(folder, files):
@@ -85,10 +96,17 @@ def test_table(folder, files):
     assert text == files[1]
     rows = [line.strip("| ").split(" | ") for line in text.splitlines()[2:]]
     three, *others = sorted(rows, key=lambda cells: -int(cells[4]))
-    scores = [last_hundred(sorted((folder / "runs").glob(f"CartPole-v1__ppo__{seed}__*"))[0]) for seed in (1, 2, 3)]
+    scores = [
+        last_hundred(sorted((folder / "runs").glob(f"CartPole-v1__ppo__{seed}__*"))[0])
+        for seed in (1, 2, 3)
+    ]
     assert three[2] == f"{np.mean(scores):.1f} ± {np.std(scores):.1f}"
     low, high = map(float, re.search(r"\[(.+), (.+)\]", three[3]).groups())
-    assert low <= float(three[3].split()[0]) <= high and min(scores) - 0.1 <= low and high <= max(scores) + 0.1
+    assert (
+        low <= float(three[3].split()[0]) <= high
+        and min(scores) - 0.1 <= low
+        and high <= max(scores) + 0.1
+    )
     assert three[4:6] == ["3", "4,096 of 500,000"] and three[8:] == ["492.4 ± 13.1", "497.5 ± 4.0"]
     assert {cells[5] for cells in others} == {"2,048 of 500,000", "256 of 500,000"}
 
@@ -102,7 +120,9 @@ def test_plots(files, tmp_path, monkeypatch):
         assert (tmp_path / f"{over}.png").read_bytes().startswith(b"\x89PNG")
         panels = report.plt.gcf().axes
         assert [panel.get_title() for panel in panels] == ["Acrobot-v1", "CartPole-v1"]
-        (three,) = (line for line in panels[1].lines if line.get_label().split()[-2:] == ["3", "seeds"])
+        (three,) = (
+            line for line in panels[1].lines if line.get_label().split()[-2:] == ["3", "seeds"]
+        )
         ends = curves[curves.steps == 4096].groupby("seed").mean_return.last()
         assert three.get_ydata()[-1] == pytest.approx(ends.mean(), rel=0.05)
         assert len(panels[1].lines) == len(panels[1].collections) == 2
@@ -122,7 +142,9 @@ def test_published_numbers_of_renamed_tasks():
     assert report.published(row).baselines_mean == 2518.95
     assert report.published(row.replace("Hopper-v4", "Ant-v4")) is None
     assert (
-        report.published(pd.Series({"script": "ppo_atari_lstm.py", "env_id": "PongNoFrameskip-v4"})).seed_script_mean
+        report.published(
+            pd.Series({"script": "ppo_atari_lstm.py", "env_id": "PongNoFrameskip-v4"})
+        ).seed_script_mean
         == 19.78
     )
 
@@ -147,7 +169,8 @@ def test_readme_shows_what_was_measured():
     for file in files:
         assert f"(benchmark/results/{file.name.removesuffix('_runs.csv')}_steps.png)" in readme
     assert files and all(
-        (ROOT / picture).is_file() for picture in re.findall(r"\((benchmark/results/\S+png)\)", readme)
+        (ROOT / picture).is_file()
+        for picture in re.findall(r"\((benchmark/results/\S+png)\)", readme)
     )
 
 
@@ -159,8 +182,15 @@ def test_bad_input_is_one_line(tmp_path):
         ([], "report.py: nothing to do"),
         ([tmp_path], "report.py: --save: say where"),
         ([tmp_path, "--save", tmp_path / "x"], f"report.py: {tmp_path}: no run, FileNotFoundError"),
-        ([tmp_path / "run", "--save", tmp_path / "x"], f"report.py: {tmp_path}/run: has not trained yet"),
+        (
+            [tmp_path / "run", "--save", tmp_path / "x"],
+            f"report.py: {tmp_path}/run: has not trained yet",
+        ),
     ]:
         command = [sys.executable, ROOT / "benchmark" / "report.py", *args]
         result = subprocess.run(list(map(str, command)), capture_output=True, text=True)
-        assert result.returncode == 2 and result.stderr.startswith(line) and result.stderr.count("\n") == 1
+        assert (
+            result.returncode == 2
+            and result.stderr.startswith(line)
+            and result.stderr.count("\n") == 1
+        )

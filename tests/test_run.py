@@ -21,7 +21,9 @@ def start(cwd: Path, command: str, *args: object, **environment: str) -> subproc
     """Starts `python benchmark/run.py --command COMMAND ARGS` in the folder cwd."""
     words = [sys.executable, str(RUN), "--command", command, *map(str, args)]
     env = os.environ | environment
-    return subprocess.Popen(words, cwd=cwd, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        words, cwd=cwd, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
 
 
 def run(cwd: Path, command: str, *args: object, **environment: str) -> subprocess.CompletedProcess:
@@ -59,16 +61,29 @@ def test_a_failing_run_does_not_stop_the_others(tmp_path):
     command = f"{PPO} --total-timesteps 1024"
     result = run(tmp_path, command, "--env-ids", "NoSuch-v0", "CartPole-v1", "--num-seeds", 1)
     assert result.returncode == 1
-    assert "NoSuch-v0__ppo__1: failed, runs/logs/NoSuch-v0__ppo__1.log ends with\n$ " in result.stderr
+    assert (
+        "NoSuch-v0__ppo__1: failed, runs/logs/NoSuch-v0__ppo__1.log ends with\n$ " in result.stderr
+    )
     assert "ppo.py: --env-id NoSuch-v0" in result.stderr and "Traceback" not in result.stderr
     assert re.search(r"CartPole-v1__ppo__1: runs/\S+: mean return", result.stderr)
     (finished,) = runs(tmp_path)
     assert load(finished)["iteration"] == 2
-    again = run(tmp_path, command, "--env-ids", "CartPole-v1", "--num-seeds", 1, "--save", "results/ppo")
+    again = run(
+        tmp_path, command, "--env-ids", "CartPole-v1", "--num-seeds", 1, "--save", "results/ppo"
+    )
     assert (again.returncode, runs(tmp_path)) == (0, [finished])
     assert again.stdout.startswith("1 runs, of which 1 are finished\n| script | environment |")
     assert f",{finished.name}," in (tmp_path / "results" / "ppo_runs.csv").read_text()
-    other = run(tmp_path, f"{command} --gamma 0.9", "--env-ids", "CartPole-v1", "--num-seeds", 1, "--threads", 1)
+    other = run(
+        tmp_path,
+        f"{command} --gamma 0.9",
+        "--env-ids",
+        "CartPole-v1",
+        "--num-seeds",
+        1,
+        "--threads",
+        1,
+    )
     assert other.stdout == "1 runs, of which 0 are finished\n"  # other arguments, another run
     assert len(runs(tmp_path)) == 2
 
@@ -99,7 +114,9 @@ def test_killed_worker_and_restart_half_way(tmp_path):
         (folder,) = runs(tmp_path, name)
         steps = [step for step, _ in scalars(folder, "charts/SPS")]
         assert steps == [512 * (1 + i) for i in range(len(steps))] and len(steps) > reached[name]
-        assert (tmp_path / "runs" / "logs" / f"{name}.log").read_text().count("\n$ ") == 1  # the second command
+        assert (tmp_path / "runs" / "logs" / f"{name}.log").read_text().count(
+            "\n$ "
+        ) == 1  # the second command
 
 
 def test_second_ctrl_c_kills(tmp_path):
@@ -117,10 +134,19 @@ def test_second_ctrl_c_kills(tmp_path):
 @pytest.mark.parametrize(
     ("args", "line"),
     [
-        (("python nothing.py", "--env-ids", "A-v0"), "run.py: --command: cannot read nothing.py, No such file"),
-        (("echo", "--env-ids", "A-v0"), "run.py: --command: echo --env-id A-v0 --seed 1 names no script"),
+        (
+            ("python nothing.py", "--env-ids", "A-v0"),
+            "run.py: --command: cannot read nothing.py, No such file",
+        ),
+        (
+            ("echo", "--env-ids", "A-v0"),
+            "run.py: --command: echo --env-id A-v0 --seed 1 names no script",
+        ),
         ((f"python {ROOT}/tests/conftest.py", "--env-ids", "A-v0"), "run.py: --command: "),
-        (("nothing ppo.py", "--env-ids", "A-v0"), "run.py: --command nothing ppo.py: there is no such program"),
+        (
+            ("nothing ppo.py", "--env-ids", "A-v0"),
+            "run.py: --command nothing ppo.py: there is no such program",
+        ),
         ((PPO, "--env-ids", "A-v0", "--workers", 0), "run.py: --workers 0: must be at least 1"),
         ((PPO, "--env-ids", "A-v0", "--slurm"), "run.py: --slurm: Could not detect"),
     ],
@@ -162,9 +188,32 @@ def slurm(tmp_path, monkeypatch):
 
 def test_slurm_array(slurm):
     """Fails when an option does not reach Slurm, or when a preempted job is not requeued or begins anew."""
-    options = ["--partition", "a100", "--gpus", 1, "--cpus", 3, "--memory", 7, "--time", 5, "--workers", 2]
+    options = [
+        "--partition",
+        "a100",
+        "--gpus",
+        1,
+        "--cpus",
+        3,
+        "--memory",
+        7,
+        "--time",
+        5,
+        "--workers",
+        2,
+    ]
     command = f"{PPO} --total-timesteps 60000 --checkpoint-interval 5"
-    result = run(slurm, command, "--env-ids", "CartPole-v1", "Acrobot-v1", "--num-seeds", 2, "--slurm", *options)
+    result = run(
+        slurm,
+        command,
+        "--env-ids",
+        "CartPole-v1",
+        "Acrobot-v1",
+        "--num-seeds",
+        2,
+        "--slurm",
+        *options,
+    )
     assert result.returncode == 0, result.stderr
     assert result.stdout.endswith("submitted 4 runs as job array 4711; logs in runs/logs\n")
     submitted = (slurm / "submitted.sh").read_text()
@@ -174,8 +223,12 @@ def test_slurm_array(slurm):
 
     # the job itself, as a node runs it
     words = [*re.search(r"(\S+ -u -m submitit\S+ \S+)$", submitted).group().split()]
-    ids = dict(SLURM_JOB_ID="4711", SLURM_ARRAY_JOB_ID="4711", SLURM_ARRAY_TASK_ID="2", SLURM_PROCID="0")
-    environment = os.environ | ids | dict(SUBMITIT_EXECUTOR="slurm", SLURM_LOCALID="0", SLURM_NODEID="0")
+    ids = dict(
+        SLURM_JOB_ID="4711", SLURM_ARRAY_JOB_ID="4711", SLURM_ARRAY_TASK_ID="2", SLURM_PROCID="0"
+    )
+    environment = (
+        os.environ | ids | dict(SUBMITIT_EXECUTOR="slurm", SLURM_LOCALID="0", SLURM_NODEID="0")
+    )
     node = dict(cwd=slurm, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     job = subprocess.Popen(words, **node)
     reached = wait_until(lambda: iteration(slurm, "CartPole-v1__ppo__2"))
@@ -197,7 +250,9 @@ def test_submitits_local_executor(tmp_path, monkeypatch):
     executor = submitit.LocalExecutor(tmp_path / "submitit")
     executor.update_parameters(timeout_min=5)
     command = [*PPO.split(), "--total-timesteps", "1024", "--env-id"]
-    good, bad = (executor.submit(job_class([*command, env_id], 1)) for env_id in ("CartPole-v1", "NoSuch-v0"))
+    good, bad = (
+        executor.submit(job_class([*command, env_id], 1)) for env_id in ("CartPole-v1", "NoSuch-v0")
+    )
     good.result()
     assert iteration(tmp_path, "CartPole-v1__ppo__1") == 2
     with pytest.raises(submitit.core.utils.FailedJobError, match="NoSuch-v0__ppo__1 failed"):

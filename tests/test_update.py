@@ -7,12 +7,23 @@ import pytest
 import torch
 from torch import nn
 
-SCRIPTS = ["ppo_procgen", "ppo", "ppo_continuous_action", "ppo_atari", "ppo_atari_lstm", "ppo_atari_envpool"]
+SCRIPTS = [
+    "ppo_procgen",
+    "ppo",
+    "ppo_continuous_action",
+    "ppo_atari",
+    "ppo_atari_lstm",
+    "ppo_atari_envpool",
+]
 SCRIPTS += ["ppo_multidiscrete", "ppo_multidiscrete_mask"]
-MODULES = [importlib.import_module(name) for name in SCRIPTS]  # ppo_procgen before all, because it finds EnvPool a Qt 5
+MODULES = [
+    importlib.import_module(name) for name in SCRIPTS
+]  # ppo_procgen before all, because it finds EnvPool a Qt 5
 
 
-@pytest.mark.parametrize("compile", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["eager", "compiled"])
+@pytest.mark.parametrize(
+    "compile", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["eager", "compiled"]
+)
 @pytest.mark.parametrize("script", MODULES, ids=SCRIPTS)
 def test_three_steps_are_those_of_plain_adam(script, compile, monkeypatch, tmp_path):
     """Fails when gradients lie in memory otherwise than their weights: fused Adam pairs them by address."""
@@ -23,7 +34,12 @@ def test_three_steps_are_those_of_plain_adam(script, compile, monkeypatch, tmp_p
         lr = optimizer.param_groups[0]["lr"]
         if not twins:
             twin = copy.deepcopy(agent)
-            twins.extend((twin, torch.optim.Adam(twin.parameters(), lr, eps=1e-5, foreach=False, fused=False)))
+            twins.extend(
+                (
+                    twin,
+                    torch.optim.Adam(twin.parameters(), lr, eps=1e-5, foreach=False, fused=False),
+                )
+            )
         twin, plain = twins
         plain.zero_grad()
         script.ppo_loss(twin, mb, args)[0].backward()
@@ -38,4 +54,6 @@ def test_three_steps_are_those_of_plain_adam(script, compile, monkeypatch, tmp_p
     sizes = dict(num_envs=2, num_steps=16, num_minibatches=1, update_epochs=3, total_timesteps=32)
     script.main(script.Args(**sizes, compile=compile, torch_deterministic=False, cuda=False))
     assert len(differences) == 3 * len(list(twins[0].parameters()))
-    assert max(differences) < 0.1, max(differences)  # in learning rates; a step is about one of them
+    assert max(differences) < 0.1, max(
+        differences
+    )  # in learning rates; a step is about one of them
