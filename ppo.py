@@ -27,13 +27,17 @@ A = number of actions, B = any number of samples; [] is a scalar tensor.
 
 import argparse
 import contextlib
+import dataclasses
+import fcntl
 import functools
+import io
 import os
 import random
 import shlex
 import signal
 import sys
 import time
+import zipfile
 from collections import deque
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -57,6 +61,7 @@ def refuse(problem: str) -> NoReturn:
 
 # What a resumed run cannot change: its weights and its steps rest on these.
 FIXED_ON_RESUME = ("env_id", "num_envs", "num_steps")
+CHECKPOINT_FORMAT = 2  # changes when what a checkpoint holds does
 
 
 @dataclass
@@ -183,12 +188,14 @@ def make_env(args: Args, video_dir: Path | None = None) -> gym.Env:
 
     Its infos hold the raw return and the length of each finished episode.
     """
+    if args.env_id.startswith("."):  # Gymnasium would import a module beside nothing
+        refuse(f"--env-id {args.env_id}: is no environment's name")
     try:
         if video_dir is None:
             env = gym.make(args.env_id, disable_env_checker=True)
         else:
             env = gym.make(args.env_id, disable_env_checker=True, render_mode="rgb_array")
-    except (gym.error.Error, ImportError) as error:  # its words tell the nearest name, or the cure
+    except (gym.error.Error, ImportError, ValueError) as error:  # tells the cure
         refuse(f"--env-id {args.env_id}: {error}")
 
     obs_space = env.observation_space
@@ -271,7 +278,8 @@ class Agent(nn.Module):
         for layer in self.modules():
             if isinstance(layer, nn.Linear | nn.Conv2d):
                 nn.init.orthogonal_(layer.weight, 2**0.5)
-                nn.init.zeros_(layer.bias)
+                if layer.bias is not None:
+                    nn.init.zeros_(layer.bias)
         nn.init.orthogonal_(self.actor[-1].weight, 0.01)
         nn.init.orthogonal_(self.critic[-1].weight, 1.0)
 
@@ -406,6 +414,7 @@ def restores_process_settings():
     """
     sigint = signal.getsignal(signal.SIGINT)
     sigterm = signal.getsignal(signal.SIGTERM)
+    sighup = signal.getsignal(signal.SIGHUP)
     threads = torch.get_num_threads()
     deterministic = torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
@@ -415,23 +424,29 @@ def restores_process_settings():
     finally:
         signal.signal(signal.SIGINT, sigint)
         signal.signal(signal.SIGTERM, sigterm)
+        signal.signal(signal.SIGHUP, sighup)
         torch.set_num_threads(threads)
         torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
         torch.utils.deterministic.fill_uninitialized_memory = fill_memory
 
 
 def catch_signals() -> list[int]:
-    """From now on SIGINT (Ctrl-C) and SIGTERM only add their number to the list returned here.
+    """From now on SIGINT (Ctrl-C), SIGTERM and SIGHUP only go into the list returned here.
 
-    main looks at it once an iteration, so that a run stops between two iterations, and saved.
+    main looks at it once an iteration, so that a run stops between two iterations, and saved. A
+    second Ctrl-C ends the program at once.
     """
     received = []
 
     def receive(signum, frame):
+        if signum == signal.SIGINT and signum in received:
+            os._exit(128 + signum)
         received.append(signum)
 
     signal.signal(signal.SIGINT, receive)
     signal.signal(signal.SIGTERM, receive)
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup has it ignored
+        signal.signal(signal.SIGHUP, receive)
     return received
 
 
@@ -464,13 +479,36 @@ def load_checkpoint(run_dir: str | Path) -> dict:
     """-> what save_checkpoint wrote, on the CPU; refuses what is no checkpoint of this script."""
     try:
         path = Path(run_dir, "checkpoint.pt")
+        damaged = zipfile.ZipFile(path).testzip()  # checksums that torch.load does not look at
+        if damaged is not None:
+            raise ValueError(f"{damaged} in it is damaged")
         checkpoint = dict(torch.load(path, map_location="cpu", weights_only=True))
-        if checkpoint["script"] != Path(__file__).stem:
-            raise ValueError(f"belongs to {checkpoint['script']}.py")
+        check_checkpoint(checkpoint)
     except Exception as error:  # torch.load raises many kinds
         reason = f"{type(error).__name__}: {str(error)[:99]}"
         refuse(f"--resume {run_dir}: no checkpoint to go on with, {reason}")
     return checkpoint
+
+
+def check_checkpoint(checkpoint: dict) -> None:
+    """Raises ValueError, KeyError or TypeError over what main could not go on with."""
+    if checkpoint["script"] != Path(__file__).stem:
+        raise ValueError(f"belongs to {checkpoint['script']}.py")
+    if checkpoint.get("format") != CHECKPOINT_FORMAT:
+        raise ValueError(f"is of format {checkpoint.get('format', 1)}, not {CHECKPOINT_FORMAT}")
+    if type(checkpoint["iteration"]) is not int or checkpoint["iteration"] < 0:
+        raise ValueError(f"iteration {checkpoint['iteration']!r}")
+    np.array(checkpoint["recent_returns"], dtype=float)
+
+    args = checkpoint["args"]
+    fields = {field.name: field.default for field in dataclasses.fields(Args)}
+    if args.keys() != fields.keys():
+        others = ", ".join(sorted(args.keys() ^ fields.keys()))
+        raise ValueError(f"is of a version with other arguments: {others}")
+    for name, default in fields.items():
+        allowed = (int, float) if isinstance(default, float) else (type(default),)
+        if default is not None and type(args[name]) not in allowed:
+            raise TypeError(f"{name} is {args[name]!r}")
 
 
 def save_checkpoint(
@@ -484,6 +522,7 @@ def save_checkpoint(
     numpy_state = np.random.get_state(legacy=False)
     numpy_state["state"]["key"] = numpy_state["state"]["key"].tolist()
     checkpoint = {
+        "format": CHECKPOINT_FORMAT,
         "script": Path(__file__).stem,
         "args": asdict(args),
         "iteration": iteration,
@@ -496,33 +535,54 @@ def save_checkpoint(
     for name, part in stateful.items():
         checkpoint[name] = part.state_dict()
 
-    with open(run_dir / "checkpoint.tmp", "wb") as file:
-        torch.save(checkpoint, file)
-        file.flush()
-        os.fsync(file.fileno())  # on the disk before it takes the old one's place
-    os.replace(run_dir / "checkpoint.tmp", run_dir / "checkpoint.pt")
+    content = io.BytesIO()
+    torch.save(checkpoint, content)
+    try:
+        with open(run_dir / "checkpoint.tmp", "wb") as file:
+            file.write(content.getbuffer())
+            file.flush()
+            os.fsync(file.fileno())  # on the disk before it takes the old one's place
+        os.replace(run_dir / "checkpoint.tmp", run_dir / "checkpoint.pt")
+    except OSError as error:
+        sys.exit(
+            f"iteration {iteration}: cannot write {run_dir / 'checkpoint.tmp'}, {error.strerror}; "
+            f"last good state: {run_dir}"
+        )
 
 
 def restore(checkpoint: dict, stateful: dict, recent_returns: deque) -> None:
-    """Puts back what save_checkpoint wrote."""
-    for name, part in stateful.items():
-        part.load_state_dict(checkpoint[name])
-    recent_returns.extend(checkpoint["recent_returns"])
+    """Puts back what save_checkpoint wrote; refuses what does not fit."""
+    try:
+        for name, part in stateful.items():
+            part.load_state_dict(checkpoint[name])
+        recent_returns.extend(checkpoint["recent_returns"])
 
-    random.setstate(checkpoint["python_random"])
-    np.random.set_state(checkpoint["numpy_random"])
-    torch.set_rng_state(checkpoint["torch_random"])
-    if checkpoint["cuda_random"] is not None and torch.cuda.is_initialized():
-        torch.cuda.set_rng_state(checkpoint["cuda_random"])
+        random.setstate(checkpoint["python_random"])
+        np.random.set_state(checkpoint["numpy_random"])
+        torch.set_rng_state(checkpoint["torch_random"])
+        if checkpoint["cuda_random"] is not None and torch.cuda.is_initialized():
+            torch.cuda.set_rng_state(checkpoint["cuda_random"])
+    except Exception as error:  # weights of other shapes, a key that is missing, ...
+        reason = f"{type(error).__name__}: {str(error)[:200]}"
+        refuse(f"--resume: the checkpoint does not fit this script, {reason}")
 
 
-def open_run(args: Args, checkpoint: dict | None) -> Path:
-    """-> the folder of a new run, or of the one to go on with; refuses what cannot go on."""
-    if checkpoint is not None:
-        for name in FIXED_ON_RESUME:
-            if getattr(args, name) != checkpoint["args"][name]:
-                given = checkpoint["args"][name]
-                refuse(f"--resume {args.resume}: cannot change its {name}, {given}")
+def check_resume(args: Args, checkpoint: dict) -> None:
+    """Refuses arguments that a run cannot go on with."""
+    for name in FIXED_ON_RESUME:
+        if getattr(args, name) != checkpoint["args"][name]:
+            given = checkpoint["args"][name]
+            refuse(f"--resume {args.resume}: cannot change its {name}, {given}")
+    if args.num_iterations < checkpoint["iteration"]:
+        done = checkpoint["iteration"] * args.batch_size
+        refuse(f"--total-timesteps {args.total_timesteps}: {done} steps are done already")
+
+
+def open_run(args: Args) -> tuple[Path, io.TextIOBase]:
+    """-> folder of a new run or of the one to go on with, and its lock; refuses what is in use.
+
+    The lock is a file that is open: the kernel frees it when it is closed or its process dies.
+    """
 
     name = f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}".replace("/", "-")
     run_dir = Path(args.resume or f"runs/{name}")
@@ -530,10 +590,13 @@ def open_run(args: Args, checkpoint: dict | None) -> Path:
         run_dir = run_dir.with_name(f"{run_dir.name}+")
     try:
         run_dir.mkdir(parents=True, exist_ok=args.resume is not None)
-        (run_dir / "checkpoint.tmp").touch()
+        lock = open(run_dir / "lock", "w")
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        refuse(f"{run_dir}: another process is training this run")
     except OSError as error:
         refuse(f"{run_dir}: cannot be written, {error.strerror}")
-    return run_dir
+    return run_dir, lock
 
 
 def start_logging(run_dir: Path, args: Args, first_step: int) -> SummaryWriter:
@@ -599,17 +662,22 @@ def explained_variance(values: np.ndarray, returns: np.ndarray) -> float:
 
 
 def stop_if_not_finite(
-    losses: dict[str, float], agent: nn.Module, iteration: int, run_dir: Path, writer: SummaryWriter
+    losses: dict[str, float], stateful: dict, iteration: int, run_dir: Path
 ) -> None:
-    """Ends the program, exit code 1, if a loss or a weight has become NaN or infinite."""
-    weights = nn.utils.parameters_to_vector(agent.parameters())
-    if np.isfinite(list(losses.values())).all() and weights.isfinite().all():
-        return
-    writer.close()
-    sys.exit(
-        f"iteration {iteration + 1}: loss or weights became NaN or infinite; "
-        f"last good state: {run_dir}"
-    )
+    """Ends the program, exit code 1, if a loss, a weight or a statistic is NaN or infinite."""
+    numbers = list(losses.values())
+    weights = nn.utils.parameters_to_vector(stateful["agent"].parameters())
+    numbers.append(weights.abs().max().item())
+    if "envs" in stateful:  # running means and variances
+        for statistics in stateful["envs"].state_dict().values():
+            numbers.extend(np.abs(statistics["mean"]).flat)
+            numbers.extend(np.abs(statistics["var"]).flat)
+
+    if not np.isfinite(numbers).all():
+        sys.exit(
+            f"iteration {iteration + 1}: loss or weights became NaN or infinite; "
+            f"last good state: {run_dir}"
+        )
 
 
 class Progress:
@@ -660,9 +728,12 @@ def summarize(run_dir: Path, recent_returns: deque, step: int, received: list[in
 def main(args: Args) -> float:
     """Trains -> mean return of the last 100 episodes, NaN if none has ended."""
     # Set up
-    checkpoint = load_checkpoint(args.resume) if args.resume else None
+    checkpoint = None
+    if args.resume is not None:
+        checkpoint = load_checkpoint(args.resume)
+        check_resume(args, checkpoint)
     make_env(args).close()  # refuses what it must before anything is written
-    run_dir = open_run(args, checkpoint)
+    run_dir, lock = open_run(args)
     seed_generators(args.seed)
     use_deterministic_algorithms(args.torch_deterministic)
     use_one_thread()
@@ -777,7 +848,7 @@ def main(args: Args) -> float:
 
         # Log and save
         losses = mean_losses(stats)
-        stop_if_not_finite(losses, agent, iteration, run_dir, writer)
+        stop_if_not_finite(losses, stateful, iteration, run_dir)
         for name, loss in losses.items():
             writer.add_scalar(f"losses/{name}", loss, global_step)
 
@@ -801,6 +872,7 @@ def main(args: Args) -> float:
     writer.close()
     progress.close()
     close_tracking(args, video_dir)
+    lock.close()
     return summarize(run_dir, recent_returns, global_step, received if stopped else [])
 
 
@@ -810,7 +882,7 @@ def parse_args() -> Args:
     parser.add_argument("--resume")
     run_dir = parser.parse_known_args()[0].resume
     default = Args()
-    if run_dir:
+    if run_dir is not None:
         default = Args(**load_checkpoint(run_dir)["args"])
     return tyro.cli(Args, default=default)
 

@@ -1,11 +1,13 @@
-"""What ppo_atari_lstm.py gains by calling its LSTM once a segment, beside a plain loop that calls it once a step.
+"""What ppo_atari_lstm.py gains by calling its LSTM once a segment, beside a call once a step.
 
     python benchmark/lstm_segments.py                    # prints milliseconds and their ratio
     python benchmark/lstm_segments.py --save benchmark/results/lstm_segments.json
 
-One minibatch, 128 steps of 2 environments: the gradient of the whole agent, and of its part after the convolutions.
-Episodes begin at random, one in 30 steps, about as often as an untrained agent loses a life in Breakout. Both ways take
-turns; the median counts.
+One minibatch, 128 steps of 2 environments: the gradient of the whole agent, and of its part after
+the convolutions. Episodes begin at random, one in 30 steps, about as often as an untrained agent
+loses a life in Breakout. Both ways take turns; the median counts.
+
+Shapes as in ppo_atari_lstm.py: K = 128 steps of E = 2 environments, one after another.
 """
 
 import datetime
@@ -13,6 +15,7 @@ import json
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +23,7 @@ import gymnasium as gym
 import numpy as np
 import torch
 import tyro
-from basics import ROOT, commit, machine
+from common import ROOT, describe_machine, find_commit
 
 sys.path.insert(0, str(ROOT))
 from ppo_atari_lstm import Agent  # noqa: E402
@@ -28,67 +31,110 @@ from ppo_atari_lstm import Agent  # noqa: E402
 
 @dataclass
 class Args:
-    repeats: int = 20  # measurements of each
-    threads: int = 1  # of PyTorch
-    save: Path | None = None  # file to write the measurements to, as JSON
+    repeats: int = 20
+    """measurements of each"""
+    threads: int = 1
+    """threads of PyTorch"""
+    save: Path | None = None
+    """file to write the measurements to, as JSON"""
 
 
 class PlainLoop(Agent):
     """The same agent, whose LSTM is called once a step."""
 
-    def remember(self, hidden, starts, state):
+    def remember(
+        self, hidden: torch.Tensor, starts: torch.Tensor, state: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """hidden [K, E, 512], starts [K, E], state [2, E, 128] -> outputs [K * E, 128], state."""
         outputs = []
-        for x, new in zip(hidden, starts, strict=True):
-            state = state * (~new).to(state).unsqueeze(-1)
-            output, state = self.lstm(x.unsqueeze(0), tuple(state.split(1)))
+        for step in range(len(hidden)):
+            going_on = ~starts[step].to(state.device)  # [E]
+            state = state * going_on.unsqueeze(-1)
+
+            output, (h, c) = self.lstm(hidden[step : step + 1], (state[:1], state[1:]))
+            state = torch.cat([h, c])
             outputs.append(output)
-            state = torch.cat(state)
         return torch.cat(outputs).flatten(0, 1), state
 
 
-def minibatch() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """-> obs [256, 1, 84, 84], starts [256], state [2, 2, 128]."""
+def make_minibatch() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """-> obs [K * E, 1, 84, 84], starts [K * E], state [2, E, 128], all random."""
     starts = torch.rand(128, 2) < 1 / 30
-    return torch.randint(0, 256, (256, 1, 84, 84), dtype=torch.uint8), starts.flatten(), torch.randn(2, 2, 128)
+    obs = torch.randint(0, 256, (256, 1, 84, 84), dtype=torch.uint8)
+    state = torch.randn(2, 2, 128)
+    return obs, starts.flatten(), state
 
 
-def gradient_of_all(agent: Agent, obs, starts, state) -> None:
-    distribution, value, _ = agent(obs, starts, state)
-    torch.autograd.grad(value.mean() + distribution.entropy().mean(), list(agent.parameters()))
-
-
-def gradient_of_lstm(agent: Agent, obs, starts, state) -> None:
+def differentiate_lstm(
+    agent: Agent, obs: torch.Tensor, starts: torch.Tensor, state: torch.Tensor
+) -> None:
+    """Computes the gradient of the LSTM alone, at random inputs in place of obs."""
     hidden = torch.randn(128, 2, 512, requires_grad=True)
-    output, _ = agent.remember(hidden, starts.unflatten(0, (-1, 2)), state)
+    output, _ = agent.remember(hidden, starts.unflatten(0, (128, 2)), state)
     torch.autograd.grad(output.mean(), [hidden, *agent.lstm.parameters()])
 
 
+def differentiate_all(
+    agent: Agent, obs: torch.Tensor, starts: torch.Tensor, state: torch.Tensor
+) -> None:
+    """Computes the gradient of the whole agent."""
+    distribution, value, _ = agent(obs, starts, state)
+    loss = value.mean() + distribution.entropy().mean()
+    torch.autograd.grad(loss, list(agent.parameters()))
+
+
+def measure(differentiate: Callable, agent: Agent, minibatch: tuple) -> float:
+    """-> seconds that one call takes."""
+    start_time = time.perf_counter()
+    differentiate(agent, *minibatch)
+    return time.perf_counter() - start_time
+
+
 def main(args: Args) -> None:
+    """Measures, prints and saves."""
     torch.manual_seed(1)
     torch.set_num_threads(args.threads)
-    spaces = gym.spaces.Box(0, 255, (1, 84, 84), np.uint8), gym.spaces.Discrete(4)
-    plain, segments = PlainLoop(*spaces), Agent(*spaces)
+
+    # Two agents with the same weights
+    observation_space = gym.spaces.Box(0, 255, (1, 84, 84), np.uint8)
+    action_space = gym.spaces.Discrete(4)
+    plain = PlainLoop(observation_space, action_space)
+    segments = Agent(observation_space, action_space)
     segments.load_state_dict(plain.state_dict())
-    times = {}
-    for _ in range(args.repeats):
-        inputs = minibatch()
-        for part, gradient in {"LSTM": gradient_of_lstm, "whole agent": gradient_of_all}.items():
-            for name, agent in {"plain loop": plain, "segments": segments}.items():
-                begin = time.perf_counter()
-                gradient(agent, *inputs)
-                times.setdefault(f"{part}, {name}", []).append(time.perf_counter() - begin)
-    milliseconds = {name: round(1000 * statistics.median(seconds), 2) for name, seconds in times.items()}
-    ratio = {
-        part: round(milliseconds[f"{part}, plain loop"] / milliseconds[f"{part}, segments"], 2)
-        for part in ("LSTM", "whole agent")
+
+    seconds = {
+        "LSTM, plain loop": [],
+        "LSTM, segments": [],
+        "whole agent, plain loop": [],
+        "whole agent, segments": [],
     }
-    for name, value in milliseconds.items():
-        print(f"{name:26} {value:8.2f} ms")
-    print(*(f"{part}: {value} times as fast" for part, value in ratio.items()), sep="\n")
+    for _ in range(args.repeats):
+        mb = make_minibatch()
+        seconds["LSTM, plain loop"].append(measure(differentiate_lstm, plain, mb))
+        seconds["LSTM, segments"].append(measure(differentiate_lstm, segments, mb))
+        seconds["whole agent, plain loop"].append(measure(differentiate_all, plain, mb))
+        seconds["whole agent, segments"].append(measure(differentiate_all, segments, mb))
+
+    milliseconds = {}
+    for name, measured in seconds.items():
+        milliseconds[name] = round(1000 * statistics.median(measured), 2)
+        print(f"{name:26} {milliseconds[name]:8.2f} ms")
+
+    ratio = {}
+    for part in ("LSTM", "whole agent"):
+        gain = milliseconds[f"{part}, plain loop"] / milliseconds[f"{part}, segments"]
+        ratio[part] = round(gain, 2)
+        print(f"{part}: {ratio[part]} times as fast")
+
     if args.save:
-        record = {"command": f"python benchmark/lstm_segments.py --threads {args.threads}", "machine": machine()}
-        record |= {"commit": commit(), "date": datetime.date.today().isoformat()}
-        record |= {"milliseconds": milliseconds, "ratio": ratio}
+        record = {
+            "command": f"python benchmark/lstm_segments.py --threads {args.threads}",
+            "machine": describe_machine(),
+            "commit": find_commit(),
+            "date": datetime.date.today().isoformat(),
+            "milliseconds": milliseconds,
+            "ratio": ratio,
+        }
         args.save.write_text(json.dumps(record, indent=2) + "\n")
 
 

@@ -1,19 +1,23 @@
-"""Steps per second of a script beside Stable-Baselines3's PPO: one machine, one environment, the same hyperparameters.
+"""Steps per second of a script beside Stable-Baselines3's PPO with the same hyperparameters.
 
     pip install -e ".[all]"
-    python benchmark/speed.py                       # ppo.py on CartPole-v1, 5 runs of each
-    python benchmark/speed.py --script ppo_continuous_action --save benchmark/results/speed_halfcheetah.json
+    python benchmark/speed.py                          # ppo.py on CartPole-v1, 5 runs of each
+    python benchmark/speed.py --script ppo_continuous_action --save halfcheetah.json
     python benchmark/speed.py --script ppo_atari --repeats 3
-    python benchmark/speed.py --script ppo_atari_envpool --repeats 3     # beside ppo_atari.py, on Breakout
-    python benchmark/speed.py --script ppo_multidiscrete_mask            # beside ppo_multidiscrete.py
+    python benchmark/speed.py --script ppo_atari_envpool --repeats 3
+    python benchmark/speed.py --script ppo_multidiscrete_mask
 
-The contestants take turns, each run in a process of its own, because shared machines change their speed from minute to
-minute: only the ratio of medians means something. All log to TensorBoard and compute on the same number of threads, one
-for MLPs. Stable-Baselines3 normalises (VecNormalize) and preprocesses (its Atari wrappers) where the script does. The
-first iteration is left out of the measurement, and with it the start of the program and the time to compile.
+The contestants train on one machine and one environment. They take turns, each run in a process of
+its own, because shared machines change their speed from minute to minute: only the ratio of medians
+means something. All log to TensorBoard and compute on the same number of threads, one for MLPs.
+Stable-Baselines3 normalises (VecNormalize) and preprocesses (its Atari wrappers) where the script
+does. The first iteration is left out of the measurement, and with it the start of the program and
+the time to compile.
 
-The last two have environments of special engines, which are also measured alone, with random actions: their share of a
-training step is the ratio of the two speeds, the rest is the network's.
+The last two have environments of special engines. They are measured beside the script that they
+vary, ppo_atari.py on Breakout and ppo_multidiscrete.py, and the environments of both also alone,
+with random actions: the environments' share of a training step is the ratio of the two speeds, the
+rest is the network's.
 """
 
 import datetime
@@ -26,78 +30,114 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from types import ModuleType
+from typing import Any, Literal
 
 import gymnasium as gym
 import tyro
-from basics import ROOT, commit, machine
+from common import ROOT, describe_machine, find_commit
 from tqdm import tqdm
 
-# environment steps of one run, about a minute or less
-STEPS = {"ppo": 100_000, "ppo_continuous_action": 40_960, "ppo_atari": 8_192, "ppo_atari_envpool": 8_192}
-STEPS["ppo_multidiscrete_mask"] = 65_536
-BESIDE = {"ppo_atari_envpool": "ppo_atari.py", "ppo_multidiscrete_mask": "ppo_multidiscrete.py"}
+# Environment steps of one run, about a minute or less
+STEPS = {
+    "ppo": 100_000,
+    "ppo_continuous_action": 40_960,
+    "ppo_atari": 8_192,
+    "ppo_atari_envpool": 8_192,
+    "ppo_multidiscrete_mask": 65_536,
+}
+
+# The scripts that are measured beside another one, for want of an equal in Stable-Baselines3
+BESIDE = {
+    "ppo_atari_envpool": "ppo_atari",
+    "ppo_multidiscrete_mask": "ppo_multidiscrete",
+}
+
+# How the names of contestants end
+COMPILED = " --compile"
 ALONE = ", environments alone"
 
 
 @dataclass
 class Args:
-    script: Literal[tuple(STEPS)] = "ppo"  # the script to measure
-    env_id: str | None = None  # environment that all train on; the script's default if not given
-    steps: int | None = None  # environment steps of one run
-    repeats: int = 5  # runs of each contestant
-    save: Path | None = None  # file to write the measurements to, as JSON
-    run: str | None = None  # only run this contestant, once, and print its steps/s (the child processes use it)
+    script: Literal[tuple(STEPS)] = "ppo"
+    """the script to measure"""
+    env_id: str | None = None
+    """environment that all train on; the script's default if not given"""
+    steps: int | None = None
+    """environment steps of one run"""
+    repeats: int = 5
+    """runs of each contestant"""
+    save: Path | None = None
+    """file to write the measurements to, as JSON"""
+    run: str | None = None
+    """only run this contestant, once, and print its steps/s (the child processes use it)"""
 
 
-def contestants(args: Args) -> list[str]:
+def list_contestants(args: Args) -> list[str]:
     """-> the names of all, the one that the others are compared with first."""
-    ours = [f"{args.script}.py", f"{args.script}.py --compile"]
-    if other := BESIDE.get(args.script):
-        return [other, *ours, f"{other}{ALONE}", f"{args.script}.py{ALONE}"]
-    return ["stable-baselines3", *ours]
+    ours = f"{args.script}.py"
+    if args.script not in BESIDE:
+        return ["stable-baselines3", ours, ours + COMPILED]
+
+    other = f"{BESIDE[args.script]}.py"
+    return [other, ours, ours + COMPILED, other + ALONE, ours + ALONE]
 
 
-def arguments(args: Args, name: str | None = None, **changes):
-    """-> the module of the script, or of the contestant of that name, and its arguments for one run."""
+def load_script(args: Args, name: str) -> tuple[ModuleType, Any]:
+    """-> the script of that name, and its Args for one run."""
     sys.path.insert(0, str(ROOT))
-    script = importlib.import_module(name.partition(".py")[0] if name else args.script)
-    if args.env_id or args.script == "ppo_atari_envpool":
-        changes["env_id"] = args.env_id or "BreakoutNoFrameskip-v4"
-    return script, script.Args(total_timesteps=args.steps or STEPS[args.script], cuda=False, **changes)
+    script = importlib.import_module(name)
+    script_args = script.Args(total_timesteps=args.steps or STEPS[args.script], cuda=False)
+
+    if args.env_id is not None:
+        script_args = replace(script_args, env_id=args.env_id)
+    elif args.script == "ppo_atari_envpool":  # a name that both scripts know
+        script_args = replace(script_args, env_id="BreakoutNoFrameskip-v4")
+    return script, script_args
 
 
-def environments_alone(args: Args) -> float:
-    """-> steps/s of a script's environments with random actions, the second time through: Java starts slowly."""
-    script, script_args = arguments(args, args.run)
+def measure_script(args: Args, name: str, compiled: bool) -> float:
+    """-> steps/s of a training by the script of that name, from its TensorBoard events."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    script, script_args = load_script(args, name)
+    script.main(replace(script_args, compile=compiled))
+
+    (run_dir,) = Path("runs").iterdir()
+    events = EventAccumulator(str(run_dir), size_guidance={"scalars": 0})
+    events.Reload()
+    iterations = events.Scalars("charts/SPS")
+    first = iterations[0]
+    last = iterations[-1]
+    return (last.step - first.step) / (last.wall_time - first.wall_time)
+
+
+def measure_environments(args: Args, name: str) -> float:
+    """-> steps/s of the environments of the script of that name, with random actions."""
+    script, script_args = load_script(args, name)
     envs = script.make_envs(script_args)
     envs.reset(seed=list(range(envs.num_envs)))
+
     space = gym.vector.utils.batch_space(envs.single_action_space, envs.num_envs)
     space.seed(0)
-    actions = [space.sample() for _ in range(script_args.total_timesteps // envs.num_envs)]
+    num_steps = script_args.total_timesteps // envs.num_envs
+    actions = [space.sample() for _ in range(num_steps)]
+
+    # The second time counts: Java starts slowly
     for _ in range(2):
         start_time = time.time()
         for action in actions:
             envs.step(action)
-    return len(actions) * envs.num_envs / (time.time() - start_time)
+        seconds = time.time() - start_time
+    return num_steps * envs.num_envs / seconds
 
 
-def ours(args: Args) -> float:
-    """-> steps/s of a script, from the times of its TensorBoard events."""
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    script, script_args = arguments(args, args.run, compile=args.run.endswith("--compile"))
-    script.main(script_args)
-    events = EventAccumulator(str(next(Path("runs").iterdir())), size_guidance={"scalars": 0}).Reload()
-    first, *_, last = events.Scalars("charts/SPS")
-    return (last.step - first.step) / (last.wall_time - first.wall_time)
-
-
-def stable_baselines3(speed_args: Args) -> float:
-    """-> steps/s of Stable-Baselines3's PPO with the script's defaults."""
-    script, args = arguments(speed_args)
+def measure_stable_baselines3(speed_args: Args) -> float:
+    """-> steps/s of a training by Stable-Baselines3's PPO, with the script's defaults."""
+    _, args = load_script(speed_args, speed_args.script)
     import torch
     from stable_baselines3 import PPO
     from stable_baselines3.common.callbacks import BaseCallback
@@ -105,25 +145,33 @@ def stable_baselines3(speed_args: Args) -> float:
     from stable_baselines3.common.vec_env import VecFrameStack, VecNormalize
 
     class Clock(BaseCallback):
+        """Notes when rollouts begin, and at which step."""
+
         def _init_callback(self):
-            self.starts = []
+            self.start_times = []
+            self.start_steps = []
 
         def _on_rollout_start(self):
-            self.starts.append((time.time(), self.num_timesteps))
+            self.start_times.append(time.time())
+            self.start_steps.append(self.num_timesteps)
 
         def _on_step(self):
-            return True
+            return True  # go on
 
+    # Environments and network as the script has them
     if speed_args.script == "ppo_atari":
-        envs = VecFrameStack(make_atari_env(args.env_id, n_envs=args.num_envs, seed=args.seed), 4)
+        policy = "CnnPolicy"
+        envs = make_atari_env(args.env_id, n_envs=args.num_envs, seed=args.seed)
+        envs = VecFrameStack(envs, 4)
     else:
+        policy = "MlpPolicy"
         torch.set_num_threads(1)
         envs = make_vec_env(args.env_id, n_envs=args.num_envs, seed=args.seed)
     if speed_args.script == "ppo_continuous_action":
         envs = VecNormalize(envs, gamma=args.gamma)
-    clock = Clock()
-    PPO(
-        "CnnPolicy" if speed_args.script == "ppo_atari" else "MlpPolicy",
+
+    agent = PPO(
+        policy,
         envs,
         learning_rate=lambda remaining: args.learning_rate * remaining,
         n_steps=args.num_steps,
@@ -139,51 +187,116 @@ def stable_baselines3(speed_args: Args) -> float:
         tensorboard_log="runs",
         seed=args.seed,
         device="cpu",
-    ).learn(args.num_iterations * args.batch_size, callback=clock)
-    (_, _), (start_time, start), *_ = clock.starts  # the second rollout's start
-    return (args.num_iterations * args.batch_size - start) / (time.time() - start_time)
+    )
+    clock = Clock()
+    total_steps = args.num_iterations * args.batch_size
+    agent.learn(total_steps, callback=clock)
+
+    # From the start of the second rollout on
+    seconds = time.time() - clock.start_times[1]
+    return (total_steps - clock.start_steps[1]) / seconds
 
 
-def main(args: Args) -> dict[str, list[float]]:
-    """-> {contestant: steps/s of each run}."""
-    if args.run:
-        measure = stable_baselines3 if args.run == "stable-baselines3" else ours
-        print((environments_alone if args.run.endswith(ALONE) else measure)(args))
-        return {}
-    measured = {name: [] for name in contestants(args)}
-    turns = [name for _ in range(args.repeats) for name in measured]
-    for name in (bar := tqdm(turns, unit=" runs")):
-        bar.set_postfix_str(name)
-        command = [sys.executable, __file__, *sys.argv[1:], "--run", name]
-        with tempfile.TemporaryDirectory() as folder:
-            child = subprocess.run(command, cwd=folder, capture_output=True, text=True)
-        if child.returncode:
-            sys.exit(child.stderr)
-        measured[name].append(float(child.stdout.split()[-1]))
+def measure(args: Args, contestant: str) -> float:
+    """-> steps/s of one run of that contestant."""
+    if contestant == "stable-baselines3":
+        return measure_stable_baselines3(args)
+
+    name = contestant.split(".py")[0]
+    if contestant.endswith(ALONE):
+        return measure_environments(args, name)
+    return measure_script(args, name, compiled=contestant.endswith(COMPILED))
+
+
+def measure_in_child(contestant: str) -> float:
+    """-> steps/s of one run of that contestant, in a process and a folder of its own."""
+    command = [sys.executable, __file__, *sys.argv[1:], "--run", contestant]
+    with tempfile.TemporaryDirectory() as folder:
+        child = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    if child.returncode != 0:
+        sys.exit(child.stderr)
+    return float(child.stdout.split()[-1])
+
+
+def compute_ratio(medians: dict[str, float]) -> dict[str, float]:
+    """medians: {contestant: steps/s} -> {contestant: how many times as fast as the first one}.
+
+    Environments alone are compared with environments alone.
+    """
+    first = next(iter(medians))
+    ratio = {}
+    for contestant, median in medians.items():
+        reference = first + ALONE if contestant.endswith(ALONE) else first
+        ratio[contestant] = median / medians[reference]
+    return ratio
+
+
+def compute_shares(medians: dict[str, float]) -> dict[str, float]:
+    """medians: {contestant: steps/s} -> {contestant: the environments' part of a step, 0 to 1}.
+
+    Only of those whose environments are measured alone.
+    """
+    shares = {}
+    for contestant, median in medians.items():
+        if contestant + ALONE in medians:
+            shares[contestant] = median / medians[contestant + ALONE]
+    return shares
+
+
+def save_record(
+    args: Args,
+    measured: dict[str, list[float]],
+    ratio: dict[str, float],
+    shares: dict[str, float],
+) -> None:
+    """Writes the measurements, and how they came about, into the file args.save."""
+    _, script_args = load_script(args, args.script)
+    sb3_version = importlib.metadata.version("stable-baselines3")
+    steps_per_second = {}
+    for name, speeds in measured.items():
+        steps_per_second[name] = [round(speed) for speed in speeds]
+
+    record = {
+        "command": shlex.join(["python", "benchmark/speed.py", *sys.argv[1:]]),
+        "commit": find_commit(),
+        "date": datetime.date.today().isoformat(),
+        "machine": f"{describe_machine()}, SB3 {sb3_version}",
+        "env_id": script_args.env_id,
+        "steps": script_args.total_timesteps,
+        "steps_per_second": steps_per_second,
+        "ratio": {name: round(value, 2) for name, value in ratio.items()},
+    }
+    if shares:
+        record["share_of_environments"] = {name: round(part, 2) for name, part in shares.items()}
+    args.save.write_text(json.dumps(record, indent=2) + "\n")
+
+
+def main(args: Args) -> None:
+    """Measures one run of one contestant, or all runs of all."""
+    if args.run is not None:
+        print(measure(args, args.run))
+        return
+
+    # All have their turn before any has its next one
+    contestants = list_contestants(args)
+    turns = contestants * args.repeats
+    measured = {contestant: [] for contestant in contestants}
+    progress = tqdm(turns, unit=" runs")
+    for contestant in progress:
+        progress.set_postfix_str(contestant)
+        measured[contestant].append(measure_in_child(contestant))
+
     medians = {name: statistics.median(speeds) for name, speeds in measured.items()}
-    first = next(iter(measured))  # like is compared with like
-    ratio = {name: medians[name] / medians[first + ALONE * name.endswith(ALONE)] for name in measured}
+    ratio = compute_ratio(medians)
+    shares = compute_shares(medians)
     for name, speeds in measured.items():
         runs = " ".join(f"{speed:6.0f}" for speed in speeds)
         print(f"{name:42} {runs}   median {medians[name]:6.0f} steps/s, {ratio[name]:.2f} x")
-    share = {name: medians[name] / medians[name + ALONE] for name in measured if name + ALONE in measured}
-    for name, part in share.items():
-        print(f"{name}: the environments take {part:.0%} of a step, the network the rest")
-    if args.save:
-        record = {
-            "command": shlex.join(["python", "benchmark/speed.py", *sys.argv[1:]]),
-            "commit": commit(),
-            "date": datetime.date.today().isoformat(),
-            "machine": f"{machine()}, SB3 {importlib.metadata.version('stable-baselines3')}",
-            "env_id": arguments(args)[1].env_id,
-            "steps": arguments(args)[1].total_timesteps,
-            "steps_per_second": {name: [round(speed) for speed in speeds] for name, speeds in measured.items()},
-            "ratio": {name: round(value, 2) for name, value in ratio.items()},
-        }
-        if share:
-            record["share_of_environments"] = {name: round(part, 2) for name, part in share.items()}
-        args.save.write_text(json.dumps(record, indent=2) + "\n")
-    return measured
+    for name, share in shares.items():
+        print(f"{name}: the environments take {share:.0%} of a step, the network the rest")
+
+    if args.save is not None:
+        save_record(args, measured, ratio, shares)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,7 @@
-"""Shared by all tests: the scripts are imported from, and run in, the repository's root or a temporary folder."""
+"""Shared by all tests.
+
+The scripts are imported from, and run in, the repository's root or a temporary folder.
+"""
 
 import contextlib
 import os
@@ -19,7 +22,9 @@ os.environ.setdefault("WANDB_MODE", "disabled")
 torch.set_num_threads(1)
 
 
-def start(script: str, *args: object, cwd: Path, **environment: str) -> subprocess.Popen:
+def start(
+    script: str, *args: object, cwd: Path, preexec_fn=None, **environment: str
+) -> subprocess.Popen:
     """Starts `python SCRIPT ARGS` in the folder cwd, with its output captured as text."""
     return subprocess.Popen(
         [sys.executable, str(ROOT / script), *map(str, args)],
@@ -28,6 +33,7 @@ def start(script: str, *args: object, cwd: Path, **environment: str) -> subproce
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        preexec_fn=preexec_fn,
     )
 
 
@@ -39,7 +45,7 @@ def run(script: str, *args: object, cwd: Path, **environment: str) -> subprocess
 
 
 def interrupted(name: str, folder: Path) -> Path:
-    """Runs the script of that name in that folder, filming, stops it by Ctrl-C when it trains -> its run."""
+    """Runs that script in that folder, filming, stops it by Ctrl-C when it trains -> its run."""
     args = [
         "--num-envs",
         2,
@@ -52,7 +58,7 @@ def interrupted(name: str, folder: Path) -> Path:
         "--capture-video",
     ]
     process = start(f"{name}.py", *args, "--checkpoint-interval", 1_000_000, cwd=folder)
-    wait_until(lambda: list(folder.glob("runs/*/checkpoint.pt")) or process.poll() is not None)
+    wait_for_checkpoint(process, folder)
     process.send_signal(signal.SIGINT)
     stdout, stderr = process.communicate(timeout=60)
     assert process.returncode == 130, stderr
@@ -87,6 +93,11 @@ def wait_until(condition, seconds: float = 60):
     pytest.fail(f"nothing after {seconds} seconds")
 
 
+def wait_for_checkpoint(process: subprocess.Popen, cwd: Path) -> None:
+    """Waits until a run in cwd has its first checkpoint, or its process has ended without one."""
+    wait_until(lambda: list(cwd.glob("runs/*/checkpoint.pt")) or process.poll() is not None)
+
+
 def load(run_dir: Path) -> dict:
     """The checkpoint of a run."""
     return torch.load(run_dir / "checkpoint.pt", weights_only=True)
@@ -106,3 +117,11 @@ def ppo(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
     return ppo
+
+
+@pytest.fixture(scope="session")
+def evaluate():
+    """benchmark/evaluate.py's function -> evaluate(run_dir, **arguments): a return per episode."""
+    import evaluate
+
+    return lambda run_dir, **args: evaluate.evaluate(evaluate.Args(run_dir, **args))

@@ -1,4 +1,6 @@
-"""ppo_atari.py: its wrappers do to a game what openai/baselines' do, its network and its records are as they should be.
+"""ppo_atari.py: its wrappers do to a game what openai/baselines' do.
+
+Its network and its records are as they should be.
 
 Loss, advantages, optimizer and checkpoints are ppo.py's, and tested there.
 """
@@ -6,7 +8,6 @@ Loss, advantages, optimizer and checkpoints are ppo.py's, and tested there.
 import contextlib
 import copy
 import hashlib
-import importlib.util
 import itertools
 import math
 import signal
@@ -17,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 import tyro
-from conftest import ROOT, load, run, run_dir_of, scalars, start, wait_until
+from conftest import load, run, run_dir_of, scalars, start, wait_for_checkpoint, wait_until
 from gymnasium.envs.registration import EnvSpec
 from moviepy import VideoFileClip
 from torch import nn
@@ -26,13 +27,15 @@ from torch.nn import functional as F
 REFERENCE = Path(__file__).parent / "reference" / "atari_wrappers_breakout.npz"
 SPACES = gym.spaces.Box(0, 255, (4, 84, 84), np.uint8), gym.spaces.Discrete(4)
 SMALL = dict(num_envs=2, num_steps=8, num_minibatches=1, update_epochs=1)
-LEVELS = np.random.default_rng(0).integers(
-    0, 256, (1000, 2), np.uint8
-)  # what frame f of a Script shows, left and right
+# what frame f of a Script shows, left and right
+LEVELS = np.random.default_rng(0).integers(0, 256, (1000, 2), np.uint8)
 
 
 class Script(gym.Env):
-    """A game that plays as told, whatever is pressed. Frames count from its start; what was pressed is in `pressed`."""
+    """A game that plays as told, whatever is pressed.
+
+    Frames count from its start; what was pressed is in `pressed`.
+    """
 
     metadata = {"render_modes": ["rgb_array"], "render_fps": 60}
     observation_space, action_space = (
@@ -92,7 +95,7 @@ class Script(gym.Env):
 
 
 def shown(obs: np.ndarray) -> list[list[int]]:
-    """[4, 84, 84] of a Script -> the levels of its left and right half in each of the four images."""
+    """[4, 84, 84] of a Script -> the levels of the left and right half of each image."""
     assert (obs[:, :, :42] == obs[:, :1, :1]).all() and (obs[:, :, 42:] == obs[:, :1, 83:]).all()
     return obs[:, 0, [0, 83]].tolist()
 
@@ -114,7 +117,7 @@ def alone(tmp_path, monkeypatch):
 
 @pytest.fixture
 def script(ppo_atari, monkeypatch):
-    """-> make(**attributes of Script): registers that game as ScriptNoFrameskip-v4 -> its environment."""
+    """-> make(**attributes): registers that Script as ScriptNoFrameskip-v4 -> its environment."""
 
     def make(**attributes):
         game = type("Game", (Script,), attributes)
@@ -128,7 +131,7 @@ def script(ppo_atari, monkeypatch):
 
 @pytest.fixture
 def game(ppo_atari):
-    """-> make(name): the environment of an Atari game, its buttons as they are pressed in `pressed`."""
+    """-> make(name): the environment of an Atari game; what is pressed is in `pressed`."""
 
     def make(name: str):
         env = ppo_atari.make_env(ppo_atari.Args(env_id=f"{name}NoFrameskip-v4"))
@@ -144,7 +147,10 @@ def game(ppo_atari):
 
 @contextlib.contextmanager
 def games_played():
-    """-> list of the games that any Atari environment ends meanwhile, seen at the emulator: dicts, in their order."""
+    """-> list of the games that any Atari environment ends meanwhile, in their order.
+
+    Each is a dict of what was seen at the emulator.
+    """
     from ale_py.env import AtariEnv
 
     games, current, frames = [], {}, itertools.count()
@@ -183,7 +189,10 @@ def games_played():
 
 
 def train(ppo_atari, folder: Path, **args) -> Path:
-    """Runs main in that folder, gives the signals back to whom they belonged -> folder of the only run there."""
+    """Runs main in that folder -> folder of the only run there.
+
+    Gives the signals back to whom they belonged.
+    """
     handlers = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)}
     try:
         with contextlib.chdir(folder):
@@ -196,7 +205,10 @@ def train(ppo_atari, folder: Path, **args) -> Path:
 
 @pytest.fixture(scope="module")
 def breakout(ppo_atari, tmp_path_factory):
-    """A filmed run of Breakout, 3 updates of 4 minibatches -> (its folder, games played, calls of train_step)."""
+    """A filmed run of Breakout, 3 updates of 4 minibatches.
+
+    -> (its folder, games played, calls of train_step)
+    """
     calls, train_step = [], ppo_atari.train_step
 
     def spy(agent, optimizer, mb, args):
@@ -264,7 +276,7 @@ def test_wrappers_equal_baselines(ppo_atari):
 
 
 def test_detail_14_noop_reset(script, game):
-    """Fails without the no-ops, with another range or button, with one number for all games, or without its seed."""
+    """Fails without no-ops, with another range, button or seed, or one number for all games."""
 
     def numbers(env, seed: int, games: int = 20) -> list[int]:
         drawn = []
@@ -284,9 +296,8 @@ def test_detail_14_noop_reset(script, game):
     assert numbers(env, 1) == drawn[:20]
     assert numbers(env, 2) != drawn[:20]
     for truncates in (False, True):
-        assert set(numbers(script(over=7, noops=20, truncates=truncates), 1)) == {
-            20
-        }  # a new game after 7, and after 14
+        # a new game after 7, and after 14
+        assert set(numbers(script(over=7, noops=20, truncates=truncates), 1)) == {20}
 
     env = game("MsPacman")
     frames = [env.reset(seed=seed)[1]["episode_frame_number"] for seed in (3, 4, 3, 4)]
@@ -299,7 +310,7 @@ def corners(frame: int) -> list[int]:
 
 
 def test_detail_15_max_and_skip(script, game):
-    """Fails with another number of frames, without the sum, or with a maximum of other screens than the last two."""
+    """Fails with another number of frames, no sum, or a maximum of others than the last two."""
     rewards = np.random.default_rng(1).integers(-2, 5, 1000)
     env = script(over=94, rewards=rewards, noops=5)
     for _ in range(2):
@@ -327,9 +338,10 @@ def test_detail_15_max_and_skip(script, game):
 
 
 def test_detail_16_episodic_life(script, game):
-    """Fails without the wrapper, when a lost life resets the emulator, or when 0 lives or a bonus life end an episode.
+    """Fails without the wrapper, or when a lost life resets the emulator.
 
-    At 0 lives, some games (Qbert) go on for a few frames; only the emulator says when they are over.
+    Also when 0 lives or a bonus life end an episode: at 0 lives, some games (Qbert) go on for a few
+    frames; only the emulator says when they are over.
     """
     env = script(over=129, noops=1, lives={0: 2, 20: 3, 40: 2, 60: 1, 100: 0})
     for played in range(2):
@@ -369,7 +381,7 @@ def test_detail_16_episodic_life(script, game):
 
 
 def test_detail_17_fire_reset(game):
-    """Fails without FireResetEnv, without its second button, or when it presses in games without FIRE."""
+    """Fails without FireResetEnv, without its second button, or if games without FIRE get it."""
     env = game("Breakout")
     _, info = env.reset(seed=1)
     noops = info["episode_frame_number"] - 8
@@ -388,7 +400,7 @@ def test_detail_17_fire_reset(game):
 
 
 def warped(screen: np.ndarray) -> np.ndarray:
-    """[210, 160, 3] -> [84, 84] luminance, each pixel the mean of what it covers, parts of pixels by area."""
+    """[210, 160, 3] -> [84, 84] luminance, each pixel the mean of what it covers, by area."""
     luminance = (screen @ np.array([0.299, 0.587, 0.114])).round()
 
     def overlaps(size: int) -> np.ndarray:  # [84, size]; each row sums to 1
@@ -400,7 +412,7 @@ def warped(screen: np.ndarray) -> np.ndarray:
 
 
 def test_detail_18_warp_frame(ppo_atari, game):
-    """Fails with other weights of the colours, colours in another order, another size or interpolation."""
+    """Fails with other weights or another order of the colours, another size or interpolation."""
     env = game("MsPacman")  # colourful, and its first observation is the screen as it is
     assert env.observation_space == SPACES[0]
     obs, _ = env.reset(seed=1)
@@ -413,7 +425,7 @@ def test_detail_18_warp_frame(ppo_atari, game):
 
 
 def test_detail_19_clip_reward(script, game):
-    """Fails without the sign, when it is taken of each frame, or when episodes are logged with clipped rewards."""
+    """Fails without the sign, when it is each frame's, or when episodes log clipped rewards."""
     rewards = np.random.default_rng(2).choice([-30.0, -0.5, 0.0, 0.0, 0.0, 10.0, 400.0], 1000)
     env = script(over=402, noops=2, rewards=rewards)
     env.reset()
@@ -441,7 +453,7 @@ def test_detail_19_clip_reward(script, game):
 
 
 def test_detail_20_frame_stack(script):
-    """Fails with another number of frames or order, with zeros after a reset, or with a rest of the last episode."""
+    """Fails with another number or order of frames, or with zeros or old frames after a reset."""
     env = script(over=64, noops=4, lives={0: 2, 32: 1})
     obs, info = env.reset()
     expected = [LEVELS[4].tolist()] * 4
@@ -473,7 +485,7 @@ def make_agent(ppo_atari):
 
 
 def by_hand(agent, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """images [B, 4, 84, 84] from 0 to 1 -> log-probabilities [B, A], values [B], in the images' dtype."""
+    """images [B, 4, 84, 84] from 0 to 1 -> log-probabilities [B, A], values [B], in their dtype."""
     x, weights = (
         images.contiguous(),
         {name: w.to(images.dtype) for name, w in agent.state_dict().items()},
@@ -491,7 +503,7 @@ def by_hand(agent, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def test_detail_21_shared_nature_cnn(ppo_atari):
-    """Fails with another layer, stride or activation, with an own trunk for a head, or with pixels in another order."""
+    """Fails with another layer, stride, activation or order of pixels, or with two trunks."""
     agent = make_agent(ppo_atari)
     assert {name: tuple(parameter.shape) for name, parameter in agent.named_parameters()} == {
         "network.0.weight": (32, 4, 8, 8),
@@ -521,7 +533,7 @@ def test_detail_21_shared_nature_cnn(ppo_atari):
 
 
 def test_detail_22_scaling_images(ppo_atari):
-    """Fails without the division, with another one, when it wraps around in uint8, or for float observations alone."""
+    """Fails without the division, with another, when uint8 wraps around, or for floats alone."""
     agent = make_agent(ppo_atari)
     obs = torch.randint(0, 256, (5, *SPACES[0].shape), dtype=torch.uint8)
     obs[0], obs[1] = 255, 0
@@ -543,7 +555,10 @@ def test_detail_22_scaling_images(ppo_atari):
 
 
 def test_orthogonal_weights(ppo_atari):
-    """Fails with another gain, or without orthogonal_ or zeros_ (detail 2): W W^T or W^T W is gain^2 the identity."""
+    """Fails with another gain, or without orthogonal_ or zeros_ (detail 2).
+
+    W W^T or W^T W is gain^2 times the identity.
+    """
     agent = ppo_atari.Agent(*SPACES)
     layers = [layer for layer in agent.modules() if isinstance(layer, (nn.Conv2d, nn.Linear))]
     for layer, gain in zip(layers, [math.sqrt(2)] * 4 + [0.01, 1.0], strict=True):
@@ -555,7 +570,7 @@ def test_orthogonal_weights(ppo_atari):
 
 
 def test_defaults_are_those_of_baselines(ppo_atari):
-    """Fails when a default is not what baselines/ppo2/defaults.py and run.py take for Atari games."""
+    """Fails when a default is not what baselines/ppo2/defaults.py and run.py take for Atari."""
     args = ppo_atari.Args()
     assert (args.num_envs, args.num_steps, args.num_minibatches, args.update_epochs) == (
         8,
@@ -595,7 +610,7 @@ def test_observations_stay_uint8(ppo_atari, breakout):
 
 
 def test_first_minibatch_has_ratio_one(breakout):
-    """Fails when the update's observations or log-probabilities are not those of the policy that acted."""
+    """Fails when the update's observations or log-probabilities are not the acting policy's."""
     _, _, calls = breakout
     for call in (calls[0], calls[4]):
         with torch.no_grad():
@@ -606,7 +621,7 @@ def test_first_minibatch_has_ratio_one(breakout):
 
 
 def test_games_are_logged_not_lives(ppo_atari, breakout, script, tmp_path):
-    """Fails when lives or clipped rewards are logged, or one game only of those that end in the same step."""
+    """Fails when lives or clipped rewards are logged, or but one of the games that end at once."""
     run_dir, games, _ = breakout
     returns, lengths = (
         scalars(run_dir, f"charts/episodic_{name}") for name in ("return", "length")
@@ -614,14 +629,14 @@ def test_games_are_logged_not_lives(ppo_atari, breakout, script, tmp_path):
     assert len(games) >= 4
     assert all(game["lives"] == [5, 4, 3, 2, 1, 0] for game in games)
     assert [value for _, value in returns] == [game["return"] for game in games]
-    noops = [
-        next(i for i, action in enumerate(game["pressed"]) if action) for game in games
-    ]  # FIRE comes after them
+    # FIRE comes after them
+    noops = [next(i for i, action in enumerate(game["pressed"]) if action) for game in games]
     expected = [math.ceil((game["frames"] - n) / 4) for game, n in zip(games, noops, strict=True)]
     assert [value for _, value in lengths] == expected
     assert load(run_dir)["recent_returns"] == [game["return"] for game in games]
 
-    # games 1 and 3 take 10 steps; 0 and 2 take 21, one of them in a reset: they lose a life just when the others end
+    # games 1 and 3 take 10 steps; 0 and 2 take 21, one of them in a reset: they lose a life just
+    # when the others end
     def over(self):
         return 43 if self.number % 2 else 87
 
@@ -655,7 +670,7 @@ def test_games_are_logged_not_lives(ppo_atari, breakout, script, tmp_path):
 
 @pytest.mark.parametrize("bootstrap", [False, True])
 def test_bootstrap_truncated(ppo_atari, script, tmp_path, monkeypatch, bootstrap):
-    """Fails without the line that adds the value, without gamma, or when lives and real ends of a game get it too."""
+    """Fails without the value, without gamma, or when lives and real ends of a game get it too."""
     observed, seen, compute_gae, act = [], [], ppo_atari.compute_gae, ppo_atari.Agent.act
     agents = []
 
@@ -679,7 +694,8 @@ def test_bootstrap_truncated(ppo_atari, script, tmp_path, monkeypatch, bootstrap
         sizes = dict(num_steps=7, total_timesteps=14, gamma=0.9, bootstrap_truncated=bootstrap)
         run_dir = train(ppo_atari, folder, env_id="ScriptNoFrameskip-v4", **sizes)
         got, dones = seen.pop()
-        # frames that the steps end with: 6, 10 (a life; the reset plays to 14), 18, 22 (over; starts anew at 2), ...
+        # frames that the steps end with: 6, 10 (a life; the reset plays to 14), 18, 22 (over;
+        # starts anew at 2), ...
         ends = np.array([6, 10, 18, 22, 6, 10, 18])
         expected = np.repeat(
             [[np.sign(rewards[end - 3 : end + 1].sum())] for end in ends], 2, 1
@@ -699,7 +715,7 @@ def test_bootstrap_truncated(ppo_atari, script, tmp_path, monkeypatch, bootstrap
 
 
 def test_games_are_cut_at_108000_frames(ppo_atari, game, monkeypatch):
-    """Fails when the time limit is dropped, taken for a real end, or when its game is not logged."""
+    """Fails when the time limit is dropped or taken for a real end, or its game is not logged."""
     env = game("Breakout")
     assert env.unwrapped.spec.kwargs["max_num_frames_per_episode"] == 108_000
     kwargs = gym.registry["BreakoutNoFrameskip-v4"].kwargs
@@ -738,9 +754,8 @@ def test_same_seed_same_weights(ppo_atari, tmp_path, monkeypatch):
         torch.set_num_threads(1)
     first, second, other = agents
     assert all(torch.equal(first[name], second[name]) for name in first)
-    assert (
-        first["network.0.weight"] - other["network.0.weight"]
-    ).abs().max() > 0.01  # updates move them by 0.001
+    # updates move them by 0.001
+    assert (first["network.0.weight"] - other["network.0.weight"]).abs().max() > 0.01
     seeds = [seed for seed in seeds if seed is not None]
     assert len(seeds) == 6 and seeds[:2] == seeds[2:4] and len(set(seeds)) == 4
 
@@ -751,7 +766,7 @@ def test_stop_and_resume(ppo_atari, tmp_path, monkeypatch):
     process = start(
         "ppo_atari.py", *sizes, "--checkpoint-interval", 1, "--learning-rate", 1e-3, cwd=tmp_path
     )
-    wait_until(lambda: list(tmp_path.glob("runs/*/checkpoint.pt")) or process.poll() is not None)
+    wait_for_checkpoint(process, tmp_path)
     run_dir = run_dir_of(tmp_path)
     wait_until(lambda: load(run_dir)["iteration"] >= 1 or process.poll() is not None)
     process.send_signal(signal.SIGINT)
@@ -785,17 +800,8 @@ def test_stop_and_resume(ppo_atari, tmp_path, monkeypatch):
     assert {int(state["step"]) for state in resumed["optimizer"]["state"].values()} == {done + 2}
 
 
-@pytest.fixture(scope="module")
-def evaluate():
-    """benchmark/evaluate.py's function -> evaluate(run_dir, **arguments)."""
-    spec = importlib.util.spec_from_file_location("evaluate", ROOT / "benchmark" / "evaluate.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return lambda run_dir, **args: module.evaluate(module.Args(run_dir, **args))
-
-
 def moving_pictures(path: Path) -> int:
-    """Checks that a video shows a game's screen and that it moves -> how many pictures it has, give or take 1."""
+    """Checks that a video shows a game that moves -> its number of pictures, give or take 1."""
     pictures, moves, first = 0, False, None
     with VideoFileClip(str(path)) as clip:
         for picture in clip.iter_frames():
@@ -808,7 +814,7 @@ def moving_pictures(path: Path) -> int:
 
 
 def test_evaluation_plays_whole_games(ppo_atari, breakout, evaluate, tmp_path):
-    """Fails when evaluate.py counts lives or clipped rewards, or films something else than the game."""
+    """Fails when evaluate.py counts lives or clipped rewards, or does not film the game."""
     run_dir, _, _ = breakout
     with games_played() as games:
         returns = evaluate(run_dir, episodes=3, capture_video=True)
@@ -826,7 +832,7 @@ def test_evaluation_plays_whole_games(ppo_atari, breakout, evaluate, tmp_path):
 
 
 def test_video_is_playable(breakout):
-    """Fails without RecordVideo, when it films nothing that moves, or not every frame of the game."""
+    """Fails without RecordVideo, when nothing moves, or when it leaves out frames of the game."""
     run_dir, games, _ = breakout
     first = run_dir / "videos" / "from-step-0" / "rl-video-episode-0.mp4"
     filmed = next(game for game in games if game["env"] == 0)
@@ -834,7 +840,7 @@ def test_video_is_playable(breakout):
 
 
 def refused(ppo_atari, capsys, folder: Path, *args: str) -> str:
-    """Gives main that command line, checks that it refuses as it should, and returns its one line."""
+    """Gives main that command line, checks that it refuses as it should -> its one line."""
     with pytest.raises(SystemExit) as end:
         ppo_atari.main(tyro.cli(ppo_atari.Args, args=["--total-timesteps", "1024", *args]))
     out, err = capsys.readouterr()

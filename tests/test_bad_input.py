@@ -1,4 +1,4 @@
-"""What a user gets wrong ends in one clear line on stderr and exit code 2, and leaves every run as it is."""
+"""What a user gets wrong ends in one clear line on stderr and exit code 2, and harms no run."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ from conftest import load, run, run_dir_of
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A folder with one run in it, and beside it damaged copies of that run; made once for all tests."""
+    """A folder with one run, and beside it damaged copies of it; made once for all tests."""
     cwd = tmp_path_factory.mktemp("bad_input")
     assert run("ppo.py", "--total-timesteps", 1024, cwd=cwd).returncode == 0
     run_dir_of(cwd).rename(cwd / "runs" / "mine")

@@ -1,4 +1,4 @@
-"""A run survives kill -9, stops cleanly on SIGINT and SIGTERM, and goes on from its checkpoint bit for bit."""
+"""A run survives kill -9, stops cleanly on SIGINT and SIGTERM, and goes on bit for bit."""
 
 import contextlib
 import os
@@ -15,7 +15,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, load, run, run_dir_of, scalars, start, wait_until
+from conftest import ROOT, load, run, run_dir_of, scalars, start, wait_for_checkpoint, wait_until
 
 BATCH = 512  # ppo.py's default
 
@@ -29,7 +29,7 @@ def started(cwd, *args):
     process = start(
         "ppo.py", "--total-timesteps", 10_000_000, "--checkpoint-interval", 1, *args, cwd=cwd
     )
-    wait_until(lambda: list(cwd.glob("runs/*/checkpoint.pt")) or process.poll() is not None)
+    wait_for_checkpoint(process, cwd)
     run_dir = run_dir_of(cwd)
     wait_until(lambda: load(run_dir)["iteration"] >= 1)
     return process, run_dir
@@ -88,13 +88,13 @@ def test_save_that_breaks_off_leaves_the_last_checkpoint(ppo, tmp_path, monkeypa
     assert (run_dir / "checkpoint.pt").read_bytes() == before
 
 
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_signals_finish_the_iteration_and_save(tmp_path, signum):
     """Fails without the handlers, without the save, or with another exit code."""
     process = start(
         "ppo.py", "--total-timesteps", 10_000_000, "--checkpoint-interval", 1_000_000, cwd=tmp_path
     )
-    wait_until(lambda: list(tmp_path.glob("runs/*/checkpoint.pt")) or process.poll() is not None)
+    wait_for_checkpoint(process, tmp_path)
     run_dir = run_dir_of(tmp_path)
     time.sleep(0.5)  # some iterations that no checkpoint holds
     process.send_signal(signum)
@@ -114,7 +114,7 @@ def test_signals_finish_the_iteration_and_save(tmp_path, signum):
 
 
 def test_two_resumes_of_one_checkpoint_are_equal(ppo, tmp_path):
-    """Fails when a random state, the optimizer's state or the environments' seeds are not what the checkpoint says."""
+    """Fails when a random state, the optimizer or the seeds are not what the checkpoint says."""
     ppo.main(ppo.Args(total_timesteps=4 * BATCH))
     run_dir = run_dir_of(tmp_path)
     resumed = []
@@ -142,7 +142,7 @@ def test_two_resumes_of_one_checkpoint_are_equal(ppo, tmp_path):
 
 
 def test_checkpoint_holds_and_restores_everything(ppo, tmp_path):
-    """Fails when weights, moments of Adam, counts, returns or random states are left out or not restored."""
+    """Fails when weights, moments of Adam, counts, returns or random states are not restored."""
     args = ppo.Args(total_timesteps=4 * BATCH, checkpoint_interval=3)
     ppo.main(args)
     run_dir = run_dir_of(tmp_path)

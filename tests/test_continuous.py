@@ -1,7 +1,9 @@
-"""One test for each detail of ppo_continuous_action.py that ppo.py does not have, and for all that rests on MuJoCo."""
+"""One test for each detail of ppo_continuous_action.py that ppo.py does not have.
+
+And tests of all that rests on MuJoCo.
+"""
 
 import copy
-import importlib
 import math
 import os
 import runpy
@@ -15,7 +17,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, load, run, run_dir_of, scalars, start, wait_until
+from conftest import ROOT, load, run, run_dir_of, scalars, start, wait_for_checkpoint
 from moviepy import VideoFileClip
 from torch import nn
 
@@ -25,7 +27,7 @@ NUM_STEPS, NUM_ENVS = 16, 2
 
 
 class Script(gym.Env):
-    """Episodes of 5 or 7 steps, of random observations and rewards; keeps all that it sent and received."""
+    """Episodes of 5 or 7 steps, random observations and rewards; keeps all it sent and received."""
 
     observation_space, action_space = SPACES
     made = []  # every environment, in the order in which they were made
@@ -33,10 +35,8 @@ class Script(gym.Env):
     def __init__(self, truncates: bool = False):
         self.truncates, self.length = truncates, 5 + 2 * (len(Script.made) % 2)
         self.rng = np.random.default_rng(len(Script.made))
-        self.began, self.steps = (
-            [],
-            [],
-        )  # first observations; (action, observation, reward, over) of every step
+        self.began = []  # first observations
+        self.steps = []  # (action, observation, reward, over) of every step
         Script.made.append(self)
 
     def observe(self) -> np.ndarray:  # the last one of an episode lies farthest off
@@ -57,10 +57,10 @@ class Script(gym.Env):
 
 
 def history(envs: list[Script]) -> SimpleNamespace:
-    """What those environments sent and received in K steps: obs [K + 1, N, 3], all else [K, N, ...].
+    """What those environments sent and received in K steps.
 
-    obs is what an agent is to act on: after an episode's last step, the next one's first observation. final_obs is what
-    the step itself led to.
+    obs [K + 1, N, 3], all else [K, N, ...]. obs is what an agent is to act on: after an episode's
+    last step, the next one's first observation. final_obs is what the step itself led to.
     """
     columns = [[np.stack(column) for column in zip(*env.steps, strict=True)] for env in envs]
     actions, final_obs, rewards, dones = (
@@ -75,7 +75,7 @@ def history(envs: list[Script]) -> SimpleNamespace:
 
 
 def statistics(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, float]:
-    """Mean, variance and count of rows, after 0.0001 of a row with mean 0 and variance 1; by definition."""
+    """By definition: mean, variance, count of rows, after 0.0001 row of mean 0 and variance 1."""
     count = 1e-4 + len(rows)
     mean = rows.sum(0) / count
     return mean, (1e-4 + (rows**2).sum(0)) / count - mean**2, count
@@ -97,7 +97,7 @@ def discounted(rewards: np.ndarray, dones: np.ndarray, gamma: float = 0.99) -> n
 
 @pytest.fixture
 def continuous(tmp_path, monkeypatch):
-    """The module ppo_continuous_action, in an empty folder of its own, so that its runs/ stays there."""
+    """The module ppo_continuous_action, in an empty folder, so that its runs/ stays there."""
     import ppo_continuous_action
 
     monkeypatch.chdir(tmp_path)
@@ -107,7 +107,10 @@ def continuous(tmp_path, monkeypatch):
 
 @pytest.fixture
 def script(continuous, tmp_path_factory, monkeypatch):
-    """main, spied on: -> train(**args) -> what every act, compute_gae and train_step got, history, run_dir."""
+    """main, spied on: -> train(**args).
+
+    -> what every act, compute_gae and train_step got, history, run_dir
+    """
     monkeypatch.setitem(
         gym.registry, "Script-v0", gym.envs.registration.EnvSpec("Script-v0", Script)
     )
@@ -147,16 +150,15 @@ def script(continuous, tmp_path_factory, monkeypatch):
             )
             continuous.main(continuous.Args(**args))
             seen.run_dir = Path(args["resume"]) if "resume" in args else run_dir_of(Path.cwd())
-            seen.history = history(
-                [env for env in Script.made if env.steps]
-            )  # one more is made to look at its spaces
+            # one more is made to look at its spaces
+            seen.history = history([env for env in Script.made if env.steps])
         return seen
 
     return train
 
 
 def test_detail_23_normal_distribution(continuous):
-    """Fails with another density or entropy, without exp, or when samples share their noise or are not normal."""
+    """Fails with another density or entropy, without exp, or with shared or non-normal noise."""
     mean, logstd, action = torch.randn(5, 3), torch.tensor([-1.0, 0.2, 0.7]), torch.randn(5, 3)
     ours = continuous.DiagonalGaussian(mean, logstd)
     theirs = torch.distributions.Independent(torch.distributions.Normal(mean, logstd.exp()), 1)
@@ -174,7 +176,7 @@ def test_detail_23_normal_distribution(continuous):
 
 
 def test_detail_24_state_independent_log_std(continuous, script):
-    """Fails when logstd depends on the observation, starts elsewhere, is no parameter, or is not optimised."""
+    """Fails when logstd depends on the observation, starts elsewhere, or is not trained."""
     agent = continuous.Agent(*SPACES)
     assert isinstance(agent.logstd, nn.Parameter)
     assert agent.logstd.tolist() == [0, 0]
@@ -246,9 +248,8 @@ class Replay(gym.vector.VectorEnv):
 
     single_observation_space, single_action_space = SPACES
 
-    def __init__(
-        self, obs: np.ndarray, rewards: np.ndarray, dones: np.ndarray
-    ):  # [K + 1, N, 3], [K, N], [K, N]
+    # [K + 1, N, 3], [K, N], [K, N]
+    def __init__(self, obs: np.ndarray, rewards: np.ndarray, dones: np.ndarray):
         self.num_envs, self.obs, self.sequel = (
             obs.shape[1],
             obs,
@@ -265,7 +266,7 @@ class Replay(gym.vector.VectorEnv):
 
 @pytest.mark.parametrize("case", ["n1", "n4"])
 def test_details_28_to_31_equal_baselines(continuous, case):
-    """Fails with any other statistics, epsilon, clip range or order, or when the return goes on in the next episode."""
+    """Fails with other statistics, epsilon, clip range or order, or returns across episodes."""
     reference = np.load(ROOT / "tests" / "reference" / "vecnormalize.npz")
     wanted = SimpleNamespace(
         **{name[3:]: reference[name] for name in reference if name.startswith(f"{case}/")}
@@ -282,9 +283,8 @@ def test_details_28_to_31_equal_baselines(continuous, case):
     for k in range(300):
         obs, rewards, terminated, truncated, _ = envs.step(None)
         np.testing.assert_allclose(obs, wanted.norm_obs[k], **exact)
-        np.testing.assert_allclose(
-            rewards, wanted.norm_rew[k], rtol=1e-6
-        )  # theirs are rounded to float32
+        # theirs are rounded to float32
+        np.testing.assert_allclose(rewards, wanted.norm_rew[k], rtol=1e-6)
         np.testing.assert_array_equal(terminated | truncated, wanted.dones[k])
         statistics = {"ob": envs.obs_statistics, "ret": envs.return_statistics}
         for prefix, ours in statistics.items():
@@ -309,9 +309,8 @@ def test_statistics_are_shared_by_all_environments(continuous):
         rewards.append([step[1] for step in stepped])
         ours, our_rewards, *_ = envs.step(actions)
         rows = np.concatenate(obs).astype(np.float64)
-        np.testing.assert_allclose(
-            ours, scaled(obs[-1], rows), rtol=1e-4, atol=1e-5
-        )  # Pendulum observes in float32
+        # Pendulum observes in float32
+        np.testing.assert_allclose(ours, scaled(obs[-1], rows), rtol=1e-4, atol=1e-5)
         returns = discounted(np.array(rewards), np.zeros((k + 1, 3), bool)).flatten()
         expected = rewards[-1] / np.sqrt(statistics(returns)[1] + 1e-8)
         np.testing.assert_allclose(our_rewards, expected.clip(-10, 10), rtol=1e-6)
@@ -321,7 +320,7 @@ def test_statistics_are_shared_by_all_environments(continuous):
 
 
 def test_logged_returns_are_raw(script):
-    """Fails when normalised or clipped rewards are logged, as they are when make_env scales them."""
+    """Fails when normalised or clipped rewards are logged, as when make_env scales them."""
     seen = script(num_envs=1)
     ends = np.flatnonzero(seen.history.dones[:, 0])
     episodes = np.split(seen.history.rewards[:, 0], ends + 1)[: len(ends)]
@@ -350,15 +349,14 @@ def test_agent_learns_from_normalised_observations_and_rewards(script):
 
 
 def test_final_observation_is_normalised_for_bootstrap_truncated(script):
-    """Fails when it is raw, normalised by other statistics than its step's other rows, or counted in them."""
+    """Fails when it is raw, counted, or normalised otherwise than its step's other rows."""
     seen = script(truncates=True, bootstrap_truncated=True)
     returns = discounted(seen.history.rewards, seen.history.dones)
     for k, rewards in enumerate(np.concatenate(seen.rewards)):
         rows = seen.history.obs[: k + 2].reshape(-1, 3)
         final_obs = torch.from_numpy(scaled(seen.history.final_obs[k], rows)).float()
-        value = (
-            seen.steps[k // NUM_STEPS * 2].before(final_obs)[1].detach().numpy()
-        )  # two minibatches an iteration
+        # two minibatches an iteration
+        value = seen.steps[k // NUM_STEPS * 2].before(final_obs)[1].detach().numpy()
         scaled_rewards = seen.history.rewards[k] / np.sqrt(
             statistics(returns[: k + 1].flatten())[1] + 1e-8
         )
@@ -403,8 +401,10 @@ def test_checkpoint_holds_the_statistics_and_resume_goes_on_with_them(continuous
         np.testing.assert_allclose(number, wanted, rtol=1e-9)
 
 
-def test_evaluation_uses_the_statistics_and_leaves_them_alone(continuous, tmp_path, monkeypatch):
-    """Fails when evaluate.py plays with raw observations, fresh statistics, or ones that go on changing."""
+def test_evaluation_uses_the_statistics_and_leaves_them_alone(
+    continuous, evaluate, tmp_path, monkeypatch
+):
+    """Fails when evaluate.py plays with raw observations, or with fresh or changing statistics."""
     sizes = dict(total_timesteps=4096, num_steps=512, update_epochs=1)
     continuous.main(continuous.Args(env_id="Pendulum-v1", **sizes))
     run_dir = run_dir_of(tmp_path)
@@ -422,9 +422,7 @@ def test_evaluation_uses_the_statistics_and_leaves_them_alone(continuous, tmp_pa
     monkeypatch.setattr(
         continuous, "make_envs", lambda *args: made.append(make_envs(*args)) or made[-1]
     )
-    monkeypatch.syspath_prepend(ROOT / "benchmark")
-    evaluate = importlib.import_module("evaluate")
-    returns = evaluate.evaluate(evaluate.Args(run_dir=run_dir, episodes=2, seed=3))
+    returns = evaluate(run_dir, episodes=2, seed=3)
 
     assert len(played) == 400
     env = gym.make("Pendulum-v1")
@@ -448,7 +446,7 @@ def test_evaluation_uses_the_statistics_and_leaves_them_alone(continuous, tmp_pa
 
 @pytest.fixture(scope="module")
 def cheetahs(tmp_path_factory):
-    """Folders of three runs of HalfCheetah-v4 with the defaults, one rollout each, seeds 1, 1 and 2; made once."""
+    """Folders of runs of HalfCheetah-v4, defaults, a rollout each, seeds 1, 1 and 2; made once."""
     import ppo_continuous_action
 
     run_dirs = []
@@ -472,7 +470,7 @@ def test_same_seed_same_weights(cheetahs):
 
 
 def test_first_minibatch_has_ratio_one(script, cheetahs):
-    """Fails when the update's log-probabilities are not those of the policy that acted, on the actions it sampled."""
+    """Fails when log-probabilities are not the acting policy's, of the actions it sampled."""
     for call in script(learning_rate=0.01, num_steps=32, total_timesteps=64 * 5).steps[::2]:
         distribution, _ = call.before(call.mb["obs"])
         ratio = (distribution.log_prob(call.mb["actions"]) - call.mb["logprobs"]).exp()
@@ -494,7 +492,7 @@ def test_first_minibatch_has_ratio_one(script, cheetahs):
     ],
 )
 def test_retired_ids_train_the_v4_task_and_say_so(continuous, capsys, env_id, expected):
-    """Fails when the id of an older paper is refused, replaced in silence, or when a living one is replaced."""
+    """Fails when an old paper's id is refused or replaced in silence, or a living one replaced."""
     assert continuous.Args(env_id=env_id).env_id == (expected or env_id)
     out, err = capsys.readouterr()
     assert out == ""
@@ -518,7 +516,7 @@ def test_run_of_a_retired_id_bears_the_name_of_the_task(tmp_path):
 
 @pytest.mark.parametrize("env_id", ["HalfCheetah-v4", "Walker2d-v5"])
 def test_mujoco_tasks_train(tmp_path, env_id):
-    """Fails when a task of one version or the other cannot be made, or its numbers not be learned from."""
+    """Fails when a task of either version cannot be made, or its numbers not be learned from."""
     result = run(SCRIPT, "--env-id", env_id, "--total-timesteps", 2048, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     run_dir = run_dir_of(tmp_path)
@@ -529,7 +527,7 @@ def test_mujoco_tasks_train(tmp_path, env_id):
 
 @pytest.fixture
 def command(continuous, monkeypatch):
-    """-> cli(*args): what `python ppo_continuous_action.py ARGS` does, without the seconds of its imports."""
+    """-> cli(*args): `python ppo_continuous_action.py ARGS`, without the seconds of its imports."""
 
     def cli(*args) -> None:
         monkeypatch.setattr(sys, "argv", [SCRIPT, *map(str, args)])
@@ -605,7 +603,7 @@ def test_missing_mujoco_is_refused(tmp_path):
 
 
 def test_video_is_playable(tmp_path, monkeypatch):
-    """Fails without RecordVideo, without a way to render where there is no screen, or when nothing moves."""
+    """Fails without RecordVideo, when it needs a screen to render, or when nothing moves."""
     for name in ("DISPLAY", "MUJOCO_GL"):
         monkeypatch.delenv(name, raising=False)
     args = ["--capture-video", "--num-steps", 32, "--num-minibatches", 4, "--total-timesteps", 32]
@@ -620,13 +618,12 @@ def test_video_is_playable(tmp_path, monkeypatch):
 
 
 def test_stop_and_resume(command, tmp_path, capsys):
-    """Fails when Ctrl-C breaks off an iteration, saves no checkpoint, or leaves one that cannot be gone on with."""
+    """Fails when Ctrl-C breaks off an iteration, or leaves no checkpoint to go on from."""
     args = ["--env-id", "Pendulum-v1", "--num-steps", 256, "--total-timesteps", 10_000_000]
     process = start(SCRIPT, *args, cwd=tmp_path)
-    wait_until(lambda: list(tmp_path.glob("runs/*/checkpoint.pt")) or process.poll() is not None)
-    run_dir = run_dir_of(
-        tmp_path
-    )  # with the checkpoint of iteration 0; the next one is due after iteration 50
+    wait_for_checkpoint(process, tmp_path)
+    # with the checkpoint of iteration 0; the next one is due after iteration 50
+    run_dir = run_dir_of(tmp_path)
     process.send_signal(signal.SIGINT)
     stdout, stderr = process.communicate(timeout=60)
     assert process.returncode == 128 + signal.SIGINT
@@ -642,5 +639,7 @@ def test_stop_and_resume(command, tmp_path, capsys):
     command(*args, "--total-timesteps", 256 * (stopped["iteration"] + 1))
     resumed = load(run_dir)
     assert resumed["iteration"] == stopped["iteration"] + 1
-    assert resumed["envs"]["return"][2] == pytest.approx(stopped["envs"]["return"]["count"] + 256)
+    assert resumed["envs"]["return"]["count"] == pytest.approx(
+        stopped["envs"]["return"]["count"] + 256
+    )
     assert run_dir_of(tmp_path) == run_dir

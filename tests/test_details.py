@@ -1,4 +1,4 @@
-"""One test for each detail of ppo.py; docs/details.md names them, and test_index.py holds both together."""
+"""One test for each detail of ppo.py; docs/details.md names them, test_project.py compares both."""
 
 import copy
 import itertools
@@ -18,7 +18,10 @@ NUM_STEPS, NUM_ENVS = 4, 2
 
 
 class Script(gym.Env):
-    """Episodes of `length` steps that end as told; observes [environment, step of its life, step of the episode, 1]."""
+    """Episodes of `length` steps that end as told.
+
+    Observes [environment, step of its life, step of the episode, 1].
+    """
 
     observation_space, action_space = SPACES
     lives = 0
@@ -50,7 +53,10 @@ class Script(gym.Env):
 
 @pytest.fixture
 def script(ppo, monkeypatch):
-    """ppo.main on scripted environments, spied on: -> train(**args) -> {"act" | "gae" | "step": what each call got}."""
+    """ppo.main on scripted environments, spied on: -> train(**args).
+
+    -> {"act" | "gae" | "step": what each call got}
+    """
     monkeypatch.setitem(
         gym.registry, "Script-v0", gym.envs.registration.EnvSpec("Script-v0", Script)
     )
@@ -97,9 +103,8 @@ def script(ppo, monkeypatch):
             patch.setattr(ppo.Agent, "act", spy_act)
             patch.setattr(ppo, "compute_gae", spy_gae)
             patch.setattr(ppo, "train_step", spy_step)
-            patch.setattr(
-                time, "time", lambda: next(clock)
-            )  # runs of one second get different names
+            # runs of one second get different names
+            patch.setattr(time, "time", lambda: next(clock))
             ppo.main(
                 ppo.Args(
                     env_id="Script-v0",
@@ -113,7 +118,7 @@ def script(ppo, monkeypatch):
 
 @pytest.fixture
 def minibatch(ppo):
-    """-> (agent, mb): 128 samples whose stored log-probabilities and values differ from the agent's."""
+    """-> (agent, mb): 128 samples; stored log-probabilities and values differ from the agent's."""
     agent = ppo.Agent(*SPACES)
     nn.init.normal_(agent.actor[-1].weight)
     obs, actions = torch.randn(128, 4), torch.randint(2, (128,))
@@ -151,7 +156,10 @@ def test_detail_1_environments_step_together_and_rollouts_do_not_cut_episodes(sc
 
 
 def test_detail_2_weights_are_orthogonal_and_biases_zero(ppo):
-    """Fails without either orthogonal_ line or zeros_: W W^T (or W^T W) is gain^2 times the identity."""
+    """Fails without either orthogonal_ line or zeros_.
+
+    W W^T (or W^T W) is gain^2 times the identity.
+    """
     agent = ppo.Agent(*SPACES)
     for network, head_gain in ((agent.actor, 0.01), (agent.critic, 1.0)):
         layers = [layer for layer in network.modules() if isinstance(layer, nn.Linear)]
@@ -174,7 +182,7 @@ def test_detail_3_adam_epsilon(script):
 
 
 def test_detail_4_learning_rate_falls_linearly(script):
-    """Fails without the line that sets lr, when the first update has less than the full rate, or when it steps late."""
+    """Fails when lr is not set, is less than the full rate at first, or is a step late."""
     rates = [call["group"]["lr"] for call in script(learning_rate=1.0)["step"]]
     assert rates == pytest.approx(np.repeat([1, 0.8, 0.6, 0.4, 0.2], 6))
     assert {call["group"]["lr"] for call in script(anneal_lr=False, learning_rate=0.1)["step"]} == {
@@ -183,7 +191,7 @@ def test_detail_4_learning_rate_falls_linearly(script):
 
 
 def test_detail_5_gae_bootstraps_the_unfinished_segment(ppo, script):
-    """Fails when next_value is left out, taken before the last step, or when dones are shifted by a step."""
+    """Fails when next_value is left out or taken before the last step, or dones are shifted."""
     seen = script(learning_rate=1e-9)
     for i, call in enumerate(seen["gae"][:-1]):
         next_obs = torch.from_numpy(seen["act"][NUM_STEPS * (i + 1)])
@@ -245,7 +253,10 @@ def agent_value(agent, obs):
 def test_detail_7_advantages_are_normalised_per_minibatch_by_the_population_deviation(
     ppo, minibatch
 ):
-    """Fails without the normalisation, and with the sample's deviation: [0, 2] has to become [-1, 1]."""
+    """Fails without the normalisation, and with the sample's deviation.
+
+    [0, 2] has to become [-1, 1].
+    """
     agent, mb = minibatch
     mb = {name: x[:2] for name, x in mb.items()} | {"advantages": torch.tensor([0.0, 2.0])}
     ratio = by_hand(agent, mb)["ratio"]
@@ -260,7 +271,10 @@ def test_detail_7_advantages_are_normalised_per_minibatch_by_the_population_devi
 
 
 def test_detail_8_clipped_surrogate_objective(ppo, minibatch):
-    """Fails without pg_loss2, with min for max, or with another range; a clipped sample has no gradient."""
+    """Fails without pg_loss2, with min for max, or with another range.
+
+    A clipped sample has no gradient.
+    """
     agent, mb = minibatch
     args = ppo.Args(norm_adv=False, ent_coef=0, vf_coef=0)
     ratio, advantages = by_hand(agent, mb)["ratio"], mb["advantages"].double().numpy()
@@ -277,7 +291,7 @@ def test_detail_8_clipped_surrogate_objective(ppo, minibatch):
 
 
 def test_detail_9_value_loss_is_clipped_around_the_old_value(ppo, minibatch):
-    """Fails without the clip, without max, without the half, or clipped around anything but the stored value."""
+    """Fails without the clip, max or half, or clipped around anything but the stored value."""
     agent, mb = minibatch
     value, old, returns = (
         x.double().numpy() for x in (agent_value(agent, mb["obs"]), mb["values"], mb["returns"])
@@ -321,7 +335,7 @@ def test_detail_11_one_gradient_norm_over_all_parameters(ppo, minibatch):
 
 
 def test_detail_12_debug_variables(ppo, minibatch, script, tmp_path):
-    """Fails when a statistic is wrong, or logged from the last minibatch instead of the mean over all of them."""
+    """Fails when a statistic is wrong, or is the last minibatch's instead of the mean of all."""
     agent, mb = minibatch
     ratio = by_hand(agent, mb)["ratio"]
     stats = ppo.ppo_loss(agent, mb, ppo.Args())[1]
@@ -402,7 +416,7 @@ def epochs_of_first_update(seen) -> int:
 
 @pytest.mark.parametrize("bootstrap", [False, True])
 def test_bootstrap_truncated_adds_the_final_value_at_time_limits_alone(script, bootstrap):
-    """Fails without the line that adds the value, without gamma, or when a real end of an episode gets it too."""
+    """Fails without the line that adds the value, without gamma, or when a real end gets it."""
     for truncates in (False, True):
         seen = script(
             truncates=truncates, bootstrap_truncated=bootstrap, learning_rate=1e-9, gamma=0.9

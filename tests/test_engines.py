@@ -1,4 +1,4 @@
-"""ppo_atari_envpool.py and ppo_procgen.py: what is no experience is left out of everything, and games are whole.
+"""ppo_atari_envpool.py and ppo_procgen.py: what is no experience is left out; games are whole.
 
 Loss, advantages, optimizer and checkpoints are ppo.py's, and tested there.
 """
@@ -37,10 +37,11 @@ def script(request):
 
 
 class Engine:
-    """EnvPool, playing as told: environment i has episodes of these (length, end) in turn, for ever.
+    """EnvPool, playing as told: environment i has episodes of plans[i], in turn, for ever.
 
-    Every observation bears its environment and its row in its first two pixels; what an episode ended with, the shade
-    `final` everywhere else. The step after an end only resets, as EnvPool's do.
+    plans[i] holds (length, end) of each. Every observation bears its environment and its row in its
+    first two pixels; what an episode ended with, the shade `final` everywhere else. The step after
+    an end only resets, as EnvPool's do.
     """
 
     plans = (
@@ -86,7 +87,7 @@ class Engine:
 
 
 def rows(plan, number: int) -> list[tuple[bool, str]]:
-    """The first rows of an environment with that plan -> (is experience, how the episode ends with it, if it does)."""
+    """First rows of an environment with that plan -> (is experience, how it ends the episode)."""
     every = itertools.chain.from_iterable(
         [(True, "")] * (length - 1) + [(True, end), (False, "")]
         for length, end in itertools.cycle(plan)
@@ -153,7 +154,7 @@ def identity(obs: torch.Tensor) -> list[tuple[int, int]]:
 
 
 def test_every_experience_once_an_epoch_and_nothing_else(script, scripted, spied, tmp_path):
-    """Fails when a row that only resets is learned from, also the first of a rollout, or when experience is lost."""
+    """Fails when a row that only resets, even a first one, is learned, or experience is lost."""
     train(script, tmp_path)
     plans = [rows(plan, 24) for plan in Engine.plans]
     assert not plans[1][7][0] and not plans[0][8][0]  # the rollout's last row; the next one's first
@@ -195,9 +196,10 @@ def run_with(script, scripted, tmp_path, final: int, **args):
 
 
 def test_what_is_no_experience_changes_nothing(script, scripted, tmp_path, monkeypatch):
-    """Fails when rows that only reset have a part in losses, normalisation, KL, clip fraction or explained variance.
+    """Fails when rows that only reset have a part in losses, normalisation or statistics.
 
-    Their observations are black in one run and white in the other. The second half shows that it would matter.
+    The statistics are KL, clip fraction and explained variance. Those rows' observations are black
+    in one run and white in the other. The second half shows that it would matter.
     """
     (black, losses), (white, other_losses) = (
         run_with(script, scripted, tmp_path, final) for final in (0, 255)
@@ -234,7 +236,7 @@ def test_explained_variance_is_that_of_experience(script, scripted, spied, tmp_p
 
 
 def test_first_minibatch_has_ratio_one(script, scripted, spied, tmp_path):
-    """Fails when the update's observations or log-probabilities are not those of the policy that acted."""
+    """Fails when the update's observations or log-probabilities are not the acting policy's."""
     train(script, tmp_path)
     for mb in spied.minibatches[::4]:
         with torch.no_grad():
@@ -246,7 +248,7 @@ def test_first_minibatch_has_ratio_one(script, scripted, spied, tmp_path):
 
 
 def test_whole_games_are_logged_with_raw_rewards(script, scripted, tmp_path):
-    """Fails when lives, clipped or scaled rewards are logged, when rows that reset count, or when a game is lost."""
+    """Fails when lives, clipped or scaled rewards or rows that reset count, or a game is lost."""
     run_dir = train(script, tmp_path)
     rewards, expected = Engine(script.__name__).rewards, []
     ends = {"over", "cut"} if "atari" in script.__name__ else {"over", "cut", "life"}
@@ -268,9 +270,10 @@ def test_whole_games_are_logged_with_raw_rewards(script, scripted, tmp_path):
 
 
 def test_bootstrap_truncated(script, scripted, spied, tmp_path):
-    """Fails without the final observation's value, without gamma, or when lives and real ends get it too.
+    """Fails without the final observation's value or gamma, or when lives and real ends get it.
 
-    The cut at row 4 is followed by a row of the same rollout, the one of row 7 by the next rollout's first.
+    The cut at row 4 is followed by a row of the same rollout, the one of row 7 by the next
+    rollout's first.
     """
     scripted.plans = (
         ((5, "cut"), (2, "life"), (6, "over")),
@@ -297,7 +300,10 @@ def test_bootstrap_truncated(script, scripted, spied, tmp_path):
 
 
 def test_procgen_rewards_are_scaled_as_by_baselines():
-    """Details 30 and 31. Fails without scaling or clipping, with another epsilon, or when a return does not restart."""
+    """Fails without scaling or clipping, with another epsilon, or when a return does not restart.
+
+    Details 30 and 31.
+    """
     with np.load(Path(__file__).parent / "reference" / "vecnormalize.npz") as file:
         for case in ("n1", "n4"):
             reference = {
@@ -333,7 +339,7 @@ def test_procgen_rewards_are_scaled_as_by_baselines():
 
 
 def test_procgen_statistics_are_those_of_experience(scripted_procgen, tmp_path):
-    """Fails when rows that only reset count, when statistics are not in the checkpoint, or not restored by a resume."""
+    """Fails when rows that only reset count, or when statistics are not saved or not restored."""
     run_dir = train(ppo_procgen, tmp_path, gamma=0.9)
     rewards = Engine("ppo_procgen").rewards
     discounted, seen = np.zeros(3), []
@@ -367,7 +373,10 @@ def scripted_procgen(monkeypatch):
 
 
 def test_film_of_environment_0(script, scripted, tmp_path, monkeypatch):
-    """Fails when another environment's, another game's or no frames are filmed, or an unfinished game is lost."""
+    """Fails when no or other frames are filmed, or an unfinished game is lost.
+
+    Other frames are another environment's, or another game's.
+    """
     films = {}
 
     def spy(frames, folder, episode_trigger, episode_index, fps):
@@ -386,7 +395,7 @@ def test_film_of_environment_0(script, scripted, tmp_path, monkeypatch):
 
 
 def play(script, steps: int, seed: int = 3, **args):
-    """Plays a real engine with random buttons -> its rows, (obs, rewards, terminated, truncated, infos)."""
+    """Plays a real engine at random -> its rows, (obs, rewards, terminated, truncated, infos)."""
     envs = script.make_envs(script.Args(**args))
     obs, _ = envs.reset(seed=seed)
     rng = np.random.default_rng(0)
@@ -403,7 +412,10 @@ def play(script, steps: int, seed: int = 3, **args):
     ("name", "env_id"), [("ppo_atari_envpool", "Breakout-v5"), ("ppo_procgen", "starpilot")]
 )
 def test_engine_resets_on_the_next_step(name, env_id):
-    """What all of this rests on: after an end comes a row without reward, never an end, whatever was pressed."""
+    """What all of this rests on, whatever is pressed.
+
+    After an end comes a row without reward, never an end.
+    """
     played = play(importlib.import_module(name), 400, env_id=env_id, num_envs=4)
     resets = 0
     for (_, _, terminated, truncated, _), (_, rewards, again, cut, infos) in itertools.pairwise(
@@ -463,9 +475,10 @@ def test_breakout_games_are_those_of_the_emulator():
 
 @pytest.mark.parametrize("game", ["Breakout", "Pong"])
 def test_engine_beside_the_wrappers(game):
-    """docs/details.md's comparison. Fails when an option of the engine is changed, or when the engine itself does.
+    """Fails when an option of the engine is changed, or when the engine itself does.
 
-    The emulator of Gymnasium is brought to where EnvPool's is, byte for byte of its memory, and plays along.
+    docs/details.md's comparison. The emulator of Gymnasium is brought to where EnvPool's is, byte
+    for byte of its memory, and plays along.
     """
     import ale_py
     import cv2
@@ -479,7 +492,10 @@ def test_engine_beside_the_wrappers(game):
     ale, rng = emulator.ale, np.random.default_rng(0)
 
     def begin(memory) -> int:
-        """Details 14 and 17: after 0 to 30 no-ops and FIRE, one frame each, the emulator is where EnvPool is."""
+        """Details 14 and 17: after 0 to 30 no-ops and FIRE, the emulator is where EnvPool is.
+
+        Each of them takes one frame.
+        """
         before = ale.cloneState()
         for noops in range(31):
             ale.restoreState(before)
@@ -493,16 +509,14 @@ def test_engine_beside_the_wrappers(game):
     obs, infos = engine.reset()
     emulator.reset(seed=1)
     noops, differences, done = {begin(infos["ram"])}, 0, False
-    stack = np.stack(
-        [ppo_atari.warp(ale.getScreenRGB())] * 4
-    )  # detail 20: filled with the first frame
+    # detail 20: filled with the first frame
+    stack = np.stack([ppo_atari.warp(ale.getScreenRGB())] * 4)
     assert (obs[0] == stack).all()
     while ale.lives() or game == "Pong":
         action = int(rng.integers(emulator.action_space.n))
         obs, rewards, terminated, _, infos = engine.step(np.array([action]))
-        if (
-            done
-        ):  # a life is lost: unlike ours, no step of no-op, FIRE and RIGHT, and the stack goes on
+        # a life is lost: unlike ours, no step of no-op, FIRE and RIGHT, and the stack goes on
+        if done:
             noops.add(begin(infos["ram"]))
             stack = np.concatenate([stack[1:], ppo_atari.warp(ale.getScreenRGB())[None]])
             assert (obs[0] == stack).all()
@@ -549,7 +563,10 @@ def test_engine_clips_rewards_for_the_learner_alone():
 
 
 def test_impala_network():
-    """The appendix. Fails with another layer, channel, stride or activation, or without a residual connection."""
+    """Fails with another layer, channel, stride or activation, or without a residual connection.
+
+    The appendix.
+    """
     agent = ppo_procgen.Agent(
         gym.spaces.Box(0, 255, (3, 64, 64), np.uint8), gym.spaces.Discrete(15)
     )
@@ -577,7 +594,10 @@ def test_impala_network():
 
 
 def test_impala_initialisation():
-    """Detail 2 where baselines has it, TensorFlow's default elsewhere. Fails with other gains or biases."""
+    """Fails with other gains or biases.
+
+    Detail 2 where baselines has it, TensorFlow's default elsewhere.
+    """
     agent = ppo_procgen.Agent(
         gym.spaces.Box(0, 255, (3, 64, 64), np.uint8), gym.spaces.Discrete(15)
     )
@@ -620,7 +640,10 @@ def test_defaults():
 
 def test_all_games_of_procgen_can_be_made():
     """Fails when a game, a mode or an option does not reach the engine."""
-    games = "bigfish bossfight caveflyer chaser climber coinrun dodgeball fruitbot heist jumper leaper maze miner ninja"
+    games = (
+        "bigfish bossfight caveflyer chaser climber coinrun dodgeball fruitbot heist jumper leaper "
+        "maze miner ninja"
+    )
     for game in (*games.split(), "plunder", "procgen:procgen-StarPilot-v0"):
         for mode in ("easy", "hard"):
             args = ppo_procgen.Args(
@@ -636,8 +659,8 @@ def test_all_games_of_procgen_can_be_made():
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
-def test_train_film_stop_resume_evaluate(name, tmp_path, capsys):
-    """Fails when one of them does not work with the real engine, or gives other weights the second time."""
+def test_train_film_stop_resume_evaluate(name, evaluate, tmp_path, capsys):
+    """Fails when one does not work with the real engine, or gives other weights the second time."""
     script = importlib.import_module(name)
     run_dir = interrupted(name, tmp_path)
     stopped = load(run_dir)
@@ -659,11 +682,8 @@ def test_train_film_stop_resume_evaluate(name, tmp_path, capsys):
         if folder == "evaluation":
             if "atari" in name:  # a whole game of Pong is long
                 continue
-            import evaluate
-
-            returns = evaluate.evaluate(
-                evaluate.Args(run_dir, episodes=3, capture_video=True)
-            )  # training films 2 of 3
+            # training films 2 of 3
+            returns = evaluate(run_dir, episodes=3, capture_video=True)
             assert len(returns) == 3 and len(list((run_dir / folder).glob("*.mp4"))) == 3
         with VideoFileClip(str(next((run_dir / folder).glob("*episode-0.mp4")))) as clip:
             frames = [frame.copy() for frame in clip.iter_frames()]
@@ -671,24 +691,21 @@ def test_train_film_stop_resume_evaluate(name, tmp_path, capsys):
         assert len(frames) > 5 and any((frame != frames[0]).any() for frame in frames)
 
 
-def test_evaluation_of_breakout(tmp_path):
+def test_evaluation_of_breakout(evaluate, tmp_path):
     """Fails when evaluate.py counts lives or clipped rewards, or loses the film."""
     import ppo_atari_envpool as script
 
     run_dir = train(script, tmp_path, env_id="Breakout-v5")
-    import evaluate
-
     steps, step = [], script.Games.step
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
             script.Games, "step", lambda *args: (result := step(*args), steps.append(result))[0]
         )
-        returns = evaluate.evaluate(evaluate.Args(run_dir, episodes=2, capture_video=True))
+        returns = evaluate(run_dir, episodes=2, capture_video=True)
     assert len(list((run_dir / "evaluation").glob("*.mp4"))) == 2
     assert sum((result[2] | result[3]).sum() for result in steps) == 10  # lives
-    assert sum(returns) == sum(
-        result[1].sum() for result in steps
-    )  # no brick of the lowest rows is worth more than 1
+    # no brick of the lowest rows is worth more than 1
+    assert sum(returns) == sum(result[1].sum() for result in steps)
 
 
 def test_same_seed_same_weights(script, tmp_path):
@@ -700,11 +717,11 @@ def test_same_seed_same_weights(script, tmp_path):
         agents.append(load(train(script, tmp_path / name, seed=seed))["agent"])
     first, second, other = agents
     assert all(torch.equal(first[name], second[name]) for name in first)
-    assert (first["network.0.weight"] - other["network.0.weight"]).abs().max() > 0.01
+    assert (first["critic.weight"] - other["critic.weight"]).abs().max() > 0.01
 
 
 def test_the_seed_of_the_environments(script, tmp_path, monkeypatch):
-    """Fails when two runs with other seeds, or the two halves of a resumed run, play the same episodes."""
+    """Fails when runs with other seeds, or the halves of a resumed one, play the same episodes."""
     seeds, reset = [], script.Games.reset
 
     def spy(games, *, seed=0, options=None):
@@ -769,7 +786,7 @@ def test_runs_of_another_mode_cannot_be_gone_on_with(scripted_procgen, capsys, t
 
 
 def without(folder: Path, *packages: str) -> str:
-    """A folder for PYTHONPATH where these packages cannot be imported, nor Qt 5 be found in the system."""
+    """A folder for PYTHONPATH that hides these packages, and the system's Qt 5."""
     folder.mkdir()
     for package in packages:
         (folder / package).mkdir()
@@ -810,7 +827,7 @@ def test_missing_package_comes_with_the_pip_command(tmp_path, name, package, ext
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems' EnvPool brings its Qt 5")
 @pytest.mark.parametrize("system", [False, True])
 def test_qt_of_the_package_or_of_the_system(tmp_path, system):
-    """Fails when Qt 5 is not taken from PyQt5-Qt5 where the system has none, or when the system's is not enough."""
+    """Fails when Qt 5 is not PyQt5-Qt5's where the system has none, or the system's not enough."""
     import PyQt5
 
     packages = ["PyQt5"] if system else []

@@ -67,16 +67,15 @@ def test_logged_names(trained):
     """Fails when a metric is missing, or when an episode is not logged."""
     run_dir = run_dir_of(trained)
     for name in (
-        "charts/SPS charts/learning_rate losses/value_loss losses/policy_loss losses/entropy losses/old_approx_kl "
-        "losses/approx_kl losses/clipfrac losses/explained_variance"
+        "charts/SPS charts/learning_rate losses/value_loss losses/policy_loss losses/entropy "
+        "losses/old_approx_kl losses/approx_kl losses/clipfrac losses/explained_variance"
     ).split():
         assert len(scalars(run_dir, name)) == 300_000 // 512
     lengths = scalars(run_dir, "charts/episodic_length")
     assert lengths == scalars(run_dir, "charts/episodic_return")  # CartPole pays 1 for every step
     steps = 300_000 // 512 * 512
-    assert (
-        steps - 4 * 500 <= sum(length for _, length in lengths) <= steps
-    )  # all but the 4 unfinished episodes
+    # all but the 4 unfinished episodes
+    assert steps - 4 * 500 <= sum(length for _, length in lengths) <= steps
 
 
 @pytest.fixture(scope="module")
@@ -91,9 +90,8 @@ def tracked(tmp_path_factory):
         "--wandb-project-name",
         "proof",
     ]
-    shutil.copy(
-        ROOT / "ppo.py", cwd
-    )  # W&B saves the code of a script that lies below the working directory
+    # W&B saves the code of a script that lies below the working directory
+    shutil.copy(ROOT / "ppo.py", cwd)
     result = run(cwd / "ppo.py", *args, cwd=cwd, WANDB_MODE="offline")
     assert result.returncode == 0, result.stderr
     return cwd
@@ -111,7 +109,7 @@ def test_video_is_playable(tracked):
 
 
 def records(log: Path) -> Iterator[wandb_internal_pb2.Record]:
-    """Every record of W&B's log of a run: a LevelDB log, blocks of 32 KiB, after a header of 7 bytes."""
+    """Every record of W&B's log of a run: a header of 7 bytes, then LevelDB's blocks of 32 KiB."""
     content, position, whole = log.read_bytes(), 7, b""
     while position + 7 <= len(content):
         if (left := 32768 - position % 32768) < 7:

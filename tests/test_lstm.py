@@ -1,7 +1,6 @@
 """ppo_atari_lstm.py: details 32-36, on real rollouts of Breakout and on scripted ones."""
 
 import copy
-import importlib.util
 import itertools
 import signal
 import time
@@ -10,7 +9,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, load, run, run_dir_of, scalars, start, wait_until
+from conftest import load, run, run_dir_of, scalars, start, wait_for_checkpoint
 from torch import nn
 
 SPACES = gym.spaces.Box(0, 255, (1, 84, 84), np.uint8), gym.spaces.Discrete(4)
@@ -28,7 +27,10 @@ def lstm():
 
 @pytest.fixture(scope="module")
 def seen(lstm, tmp_path_factory):
-    """Three updates on Breakout, spied on: the agent before every gradient step, its minibatch; states while acting."""
+    """Three updates on Breakout, spied on.
+
+    The agent before every gradient step and its minibatch; the states while acting.
+    """
     calls = {"act": [], "step": [], "dones": []}
     act, gae, step = lstm.Agent.act, lstm.compute_gae, lstm.train_step
 
@@ -123,15 +125,14 @@ def test_detail_33_states_start_at_zero(seen):
 
 
 def test_detail_34_states_are_reset_at_episode_ends(lstm, seen):
-    """Fails without the reset, when it comes a step late, or when another environment's state is reset too."""
+    """Fails without the reset, when it is a step late, or when it resets other environments too."""
     dones = np.concatenate(seen["dones"])
     assert 3 <= dones.sum() < dones.size / 4
     for t in range(1, len(dones)):
         obs, starts, state, after = seen["act"][t]
         np.testing.assert_array_equal(starts, dones[t - 1])
-        torch.testing.assert_close(
-            state, seen["act"][t - 1][3]
-        )  # carried from step to step and rollout to rollout
+        # carried from step to step and rollout to rollout
+        torch.testing.assert_close(state, seen["act"][t - 1][3])
     agent = lstm.Agent(*SPACES)
     obs, state = torch.randint(0, 256, (3, 1, 84, 84), dtype=torch.uint8), torch.randn(2, 3, 128)
     _, value, after = agent(obs, torch.tensor([False, True, False]), state)
@@ -143,7 +144,7 @@ def test_detail_34_states_are_reset_at_episode_ends(lstm, seen):
 
 
 def test_detail_35_minibatches_are_whole_environments_in_time_order(seen):
-    """Fails when steps are shuffled, when an environment is cut, or when one is left out of an epoch."""
+    """Fails when steps are shuffled, or an environment is cut, or left out of an epoch."""
     assert len(seen["step"]) == 3 * 2 * 2
     for rollout in range(3):
         steps = seen["act"][rollout * NUM_STEPS : (rollout + 1) * NUM_STEPS]
@@ -160,7 +161,7 @@ def test_detail_35_minibatches_are_whole_environments_in_time_order(seen):
 
 
 def test_detail_36_states_are_reconstructed_and_the_first_ratio_is_one(seen):
-    """Fails without the saved state, with another rollout's, or when states are not reset where episodes ended."""
+    """Fails without the saved state, with another rollout's, or without resets at episode ends."""
     for update in range(3):
         agent, mb = seen["step"][4 * update]
         inside = mb["starts"].unflatten(0, (NUM_STEPS, -1))[1:]
@@ -175,7 +176,10 @@ def test_detail_36_states_are_reconstructed_and_the_first_ratio_is_one(seen):
 
 
 def test_segments_equal_a_plain_loop_over_steps(lstm):
-    """Fails when a cut is lost, doubled or shifted: all sizes, with no start, starts everywhere, and random ones."""
+    """Fails when a cut is lost, doubled or shifted.
+
+    All sizes, with no start, starts everywhere, and random ones.
+    """
     torch.manual_seed(0)
     agent = lstm.Agent(*SPACES)
     nn.init.normal_(agent.actor.weight)
@@ -192,7 +196,10 @@ def test_segments_equal_a_plain_loop_over_steps(lstm):
 
 
 def test_lstm_is_called_once_a_segment(lstm, monkeypatch):
-    """Fails when the LSTM runs once a step: 128 steps of 2 environments with 3 starts inside are 4 calls."""
+    """Fails when the LSTM runs once a step.
+
+    128 steps of 2 environments with 3 starts inside are 4 calls.
+    """
     agent, calls = lstm.Agent(*SPACES), []
     agent.lstm.register_forward_pre_hook(lambda module, inputs: calls.append(len(inputs[0])))
     starts = torch.zeros(128, 2, dtype=torch.bool)
@@ -207,14 +214,11 @@ def test_one_frame_is_observed(lstm):
     assert env.reset(seed=1)[0].shape == env.observation_space.shape == (1, 84, 84)
 
 
-def test_evaluation_carries_the_state(lstm, tmp_path, monkeypatch):
-    """Fails when evaluate.py forgets the state from step to step, or keeps it from one life to the next."""
+def test_evaluation_carries_the_state(lstm, evaluate, tmp_path, monkeypatch):
+    """Fails when evaluate.py forgets the state after a step, or keeps it after a life."""
     monkeypatch.chdir(tmp_path)
     sizes = dict(num_envs=2, num_steps=16, num_minibatches=2, update_epochs=1)
     lstm.main(lstm.Args(total_timesteps=32, **sizes))
-    spec = importlib.util.spec_from_file_location("evaluate", ROOT / "benchmark" / "evaluate.py")
-    evaluate = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(evaluate)
     calls, act = [], lstm.Agent.act
 
     def spy_act(agent, obs, starts, state):
@@ -223,7 +227,7 @@ def test_evaluation_carries_the_state(lstm, tmp_path, monkeypatch):
         return result
 
     monkeypatch.setattr(lstm.Agent, "act", spy_act)
-    returns = evaluate.evaluate(evaluate.Args(run_dir_of(tmp_path), episodes=1))
+    returns = evaluate(run_dir_of(tmp_path), episodes=1)
     assert len(returns) == 1 and len(calls) > 50
     assert calls[0][0].all() and not calls[0][1].any()
     for (_, _, after), (_, state, _) in itertools.pairwise(calls):
@@ -232,7 +236,7 @@ def test_evaluation_carries_the_state(lstm, tmp_path, monkeypatch):
 
 
 def test_bootstrap_truncated_keeps_the_state(lstm, tmp_path, monkeypatch):
-    """Fails when the final observation is valued with a state that was reset, or with another environment's."""
+    """Fails when the final observation is valued with a reset or another environment's state."""
     monkeypatch.chdir(tmp_path)
     kwargs = dict(gym.spec("BreakoutNoFrameskip-v4").kwargs, max_num_frames_per_episode=150)
     monkeypatch.setitem(
@@ -296,7 +300,7 @@ def test_sigint_saves_and_exits(tmp_path):
     """Fails without the handlers, or without the save."""
     args = [*SMALL, "--total-timesteps", 1_000_000, "--checkpoint-interval", 1_000_000]
     process = start("ppo_atari_lstm.py", *args, cwd=tmp_path)
-    wait_until(lambda: list(tmp_path.glob("runs/*/checkpoint.pt")) or process.poll() is not None)
+    wait_for_checkpoint(process, tmp_path)
     time.sleep(2)  # some iterations that no checkpoint holds
     process.send_signal(signal.SIGINT)
     stdout, stderr = process.communicate(timeout=60)

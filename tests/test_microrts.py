@@ -1,4 +1,6 @@
-"""ppo_multidiscrete.py and ppo_multidiscrete_mask.py: the game is the Java engine's, eight choices make one action.
+"""ppo_multidiscrete.py and ppo_multidiscrete_mask.py: eight choices make one action.
+
+The game is the Java engine's.
 
 Loss, advantages, optimizer and checkpoints are ppo.py's, and tested there.
 """
@@ -84,7 +86,7 @@ def test_environment_keeps_gymnasiums_contract(script, env_id):
 
 
 def test_observation_is_one_hot_in_five_layers(mining):
-    """Fails with another order or size of the planes, without the clip, or with fields in another order."""
+    """Fails with another order or size of the planes, another order of fields, or no clip."""
     obs, info = mining.reset(seed=1)
     assert obs.shape == (10, 10, 27) and obs.dtype == np.uint8
     sizes = [5, 5, 3, 8, 6]
@@ -119,7 +121,7 @@ def test_values_beyond_the_planes_count_as_the_last(script):
 
 
 def test_a_worker_mines(mining):
-    """Fails when a component of the action or the frame skip is another one, or when the reward is not the engine's."""
+    """Fails when a component of the action, the frame skip or the reward is not the engine's."""
     plan = [
         (action(1, 1, MOVE, UP), 0),
         (action(0, 1, HARVEST, LEFT), 1),
@@ -137,7 +139,10 @@ def test_a_worker_mines(mining):
 
 
 def test_java_does_not_make_python_collect_what_is_imported(mining):
-    """Fails without gc.freeze: each of Java's collections brings one of Python's over every object there is."""
+    """Fails without gc.freeze.
+
+    Each of Java's collections brings one of Python's over every object there is.
+    """
     assert gc.get_freeze_count() > len(gc.get_objects())
 
 
@@ -162,16 +167,14 @@ def test_weights_and_clip_of_the_rewards(script):
 
 
 def test_classic_and_exact_masks():
-    """Fails when a mask offers busy units, the wrong owner's, or when --exact-unit-mask is not the engine's."""
+    """Fails when a mask offers busy or foreign units, or --exact-unit-mask is not the engine's."""
     for exact in (False, True):
         args = ppo_multidiscrete_mask.Args(exact_unit_mask=exact, env_id=ENEMY)
         env = ppo_multidiscrete_mask.make_env(args)
         _, info = env.reset(seed=3)
         rng, different, busy = np.random.default_rng(0), 0, 0
-        harvest = [
-            action(1, 1, MOVE, UP),
-            action(0, 1, HARVEST, LEFT),
-        ]  # which takes longer than a step
+        # which takes longer than a step
+        harvest = [action(1, 1, MOVE, UP), action(0, 1, HARVEST, LEFT)]
         for step in range(60):
             mask = info["action_mask"]
             assert mask.shape == (229,) and mask.dtype == bool and mask[100:129].all()
@@ -241,7 +244,7 @@ NVEC = [3, 4, 5]
 
 
 def distributions(logits: torch.Tensor, mask: torch.Tensor):
-    """The masked distribution, and beside it the sums over torch.distributions' Categoricals of the same logits."""
+    """The masked distribution, and beside it torch.distributions' Categoricals of its logits."""
     parts = logits.masked_fill(~mask, -math.inf).split(NVEC, -1)
     return ppo_multidiscrete_mask.MultiCategorical(logits, NVEC, mask), [
         torch.distributions.Categorical(logits=part, validate_args=False) for part in parts
@@ -249,7 +252,7 @@ def distributions(logits: torch.Tensor, mask: torch.Tensor):
 
 
 def test_detail_37_components_are_independent():
-    """Fails when log-probabilities or entropies are not summed over the components, or components are mixed up."""
+    """Fails when log-probabilities or entropies are not sums, or components are mixed up."""
     logits = torch.randn(6, sum(NVEC), requires_grad=True)
     ours = ppo_multidiscrete.MultiCategorical(logits, NVEC)
     probabilities = [part.softmax(-1) for part in logits.detach().double().split(NVEC, -1)]
@@ -290,8 +293,8 @@ def test_detail_a4_masked_actions_have_no_probability_and_no_gradient():
     (expected,) = torch.autograd.grad(
         sum(d.log_prob(a).sum() for d, a in zip(theirs, actions.T, strict=True)), logits
     )
-    (gradient,) = torch.autograd.grad(ppo_multidiscrete_mask.MultiCategorical(logits, NVEC, mask).log_prob(
-        actions).sum(), logits)  # fmt: skip
+    ours = ppo_multidiscrete_mask.MultiCategorical(logits, NVEC, mask)
+    (gradient,) = torch.autograd.grad(ours.log_prob(actions).sum(), logits)
     torch.testing.assert_close(gradient, expected, rtol=0, atol=1e-5)
 
 
@@ -311,7 +314,7 @@ def test_a_component_without_a_choice():
 
 
 def test_first_minibatch_has_ratio_one_and_masks_are_stored(script, tmp_path, monkeypatch):
-    """Fails when the update sees other masks, observations or log-probabilities than the policy that acted."""
+    """Fails when an update's masks, observations or log-probabilities are not the policy's."""
     calls, train_step = [], script.train_step
 
     def spy(agent, optimizer, mb, args):
@@ -381,7 +384,7 @@ def test_network(script):
 
 
 def test_same_seed_same_weights(script, tmp_path):
-    """Fails when anything random is not seeded, the opponent included, or when the seed is not used."""
+    """Fails when anything random, the opponent too, is not seeded, or the seed is not used."""
     agents = []
     for name, seed in (("first", 1), ("second", 1), ("other", 2)):
         torch.manual_seed(len(agents))  # main must not depend on what was before it
@@ -393,7 +396,7 @@ def test_same_seed_same_weights(script, tmp_path):
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
-def test_train_film_stop_resume_evaluate(name, tmp_path):
+def test_train_film_stop_resume_evaluate(name, evaluate, tmp_path):
     """Fails when one of them does not work, or when Java takes Ctrl-C for itself."""
     script = importlib.import_module(name)
     run_dir = interrupted(name, tmp_path)
@@ -405,9 +408,7 @@ def test_train_film_stop_resume_evaluate(name, tmp_path):
         64 * (i + 1) for i in range(done + 8)
     ]
     assert [length for _, length in scalars(run_dir, "charts/episodic_length")][-1] == 200
-    import evaluate
-
-    returns = evaluate.evaluate(evaluate.Args(run_dir, episodes=2, capture_video=True))
+    returns = evaluate(run_dir, episodes=2, capture_video=True)
     assert len(returns) == 2
     videos = [
         *run_dir.glob("evaluation/*.mp4"),
@@ -503,6 +504,9 @@ def test_vector_of_environments_brings_the_masks():
 
 @pytest.mark.slow
 def test_mining_is_learned(tmp_path, monkeypatch):
-    """Fails when the masks do not reach the policy, without which 500,000 steps of this seed bring less than 1."""
+    """Fails when the masks do not reach the policy.
+
+    Without them, 500,000 steps of this seed bring less than 1.
+    """
     monkeypatch.chdir(tmp_path)
     assert ppo_multidiscrete_mask.main(ppo_multidiscrete_mask.Args(total_timesteps=500_000)) > 20

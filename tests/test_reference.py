@@ -1,4 +1,7 @@
-"""ppo.py computes what openai/baselines computed: advantages bit for bit, 20 updates to 5e-7 in every weight."""
+"""ppo.py computes what openai/baselines computed.
+
+Advantages bit for bit, 20 updates to 5e-7 in every weight.
+"""
 
 from pathlib import Path
 
@@ -14,7 +17,7 @@ SPACES = gym.spaces.Box(-np.inf, np.inf, (4,)), gym.spaces.Discrete(2)
 @pytest.mark.parametrize("case", range(7))
 @pytest.mark.parametrize("rollout", range(2))
 def test_gae_equals_baselines(ppo, case, rollout):
-    """Fails without `* goes_on` in delta or in discount, without next_value, or with float32 sums."""
+    """Fails without `* goes_on` in delta or discount, without next_value, or with float32 sums."""
     reference = np.load(REFERENCE / "gae.npz")
     of = {
         name: reference[f"case{case}/{name}"][rollout]
@@ -23,9 +26,8 @@ def test_gae_equals_baselines(ppo, case, rollout):
     last_values, gamma, lam = (
         reference[f"case{case}/{name}"] for name in ("last_values", "gamma", "lam")
     )
-    dones = np.concatenate(
-        [of["dones"][1:], of["final_dones"][None]]
-    )  # ended before step t+1 = ended by action t
+    # ended before step t+1 = ended by action t
+    dones = np.concatenate([of["dones"][1:], of["final_dones"][None]])
     advantages, returns = ppo.compute_gae(
         of["rewards"], of["values"], dones, last_values[rollout], float(gamma), float(lam)
     )
@@ -34,7 +36,7 @@ def test_gae_equals_baselines(ppo, case, rollout):
 
 
 def load_weights(agent, reference, stage: str) -> dict[str, torch.Tensor]:
-    """Baselines' weights at a stage ("w0", "w1", ...) under this Agent's names; theirs are transposed."""
+    """Baselines' weights at a stage ("w0", "w1", ...) by this Agent's names, transposed."""
     names = {"pi/mlp_fc0": "actor.0", "pi/mlp_fc1": "actor.2", "pi": "actor.4"}
     names |= {"vf/mlp_fc0": "critic.0", "vf/mlp_fc1": "critic.2", "vf": "critic.4"}
     weights = {}
@@ -49,7 +51,8 @@ def load_weights(agent, reference, stage: str) -> dict[str, torch.Tensor]:
 def test_twenty_updates_equal_baselines(ppo, compile):
     """Fails with any other loss, coefficient, clip, normalisation, gradient clipping or optimizer.
 
-    Tried one at a time: the sample's instead of the population's standard deviation is the smallest change, 2e-6.
+    Tried one at a time: the sample's instead of the population's standard deviation is the
+    smallest change, 2e-6.
     """
     reference = np.load(REFERENCE / "ppo_update_mlp_discrete.npz")
     args = ppo.Args(compile=compile)
@@ -61,9 +64,8 @@ def test_twenty_updates_equal_baselines(ppo, compile):
     for k in range(20):
         assert reference["cliprange"][k] == args.clip_coef
         optimizer.param_groups[0]["lr"] = reference["lr"][k]
-        optimizer.param_groups[0]["eps"] = (
-            1e-5 / (1 - 0.999 ** (k + 1)) ** 0.5
-        )  # see reference/README.md
+        # see reference/README.md
+        optimizer.param_groups[0]["eps"] = 1e-5 / (1 - 0.999 ** (k + 1)) ** 0.5
         mb = {
             name: torch.from_numpy(reference[name][k])
             for name in ("obs", "actions", "values", "returns")

@@ -1,4 +1,4 @@
-"""benchmark/report.py: what it says of runs is what their events say, and README.md shows nothing else."""
+"""benchmark/report.py: it says of runs what their events say, and README.md shows nothing else."""
 
 import re
 import shutil
@@ -20,7 +20,10 @@ SMALL = dict(num_envs=2, num_steps=64, num_minibatches=2, update_epochs=1)
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Runs of ppo.py: three seeds on CartPole-v1, one with other arguments, one of Acrobot-v1 without any episode."""
+    """Runs of ppo.py: three seeds on CartPole-v1, one with other arguments, Acrobot-v1 once.
+
+    The last is too short for an episode.
+    """
     folder = tmp_path_factory.mktemp("report")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
@@ -52,7 +55,7 @@ def last_hundred(run_dir: Path) -> float:
 
 
 def test_runs(folder, files):
-    """Fails when a result is not the mean of a run's last 100 episodes, or is not told how it came about."""
+    """Fails when a result is not the mean of the last 100 episodes, or its origin is not told."""
     runs = pd.read_csv(f"{files[0]}_runs.csv")
     assert len(runs) == 5
     for _, run in runs.iterrows():
@@ -91,7 +94,7 @@ def test_curves(folder, files):
 
 
 def test_table(folder, files):
-    """Fails when seeds are averaged wrongly, when other arguments are mixed in, or when steps go unnamed."""
+    """Fails when seeds are averaged wrongly, other arguments are mixed in, or steps go unnamed."""
     text = Path(f"{files[0]}.md").read_text()
     assert text == files[1]
     rows = [line.strip("| ").split(" | ") for line in text.splitlines()[2:]]
@@ -112,7 +115,7 @@ def test_table(folder, files):
 
 
 def test_plots(files, tmp_path, monkeypatch):
-    """Fails when a panel, a line or a band is missing, or shows something else than the mean over seeds."""
+    """Fails when a panel, a line or a band is missing, or a line is not the mean over seeds."""
     curves = pd.read_csv(f"{files[0]}_curves.csv")
     monkeypatch.setattr(report.plt, "close", lambda figure: None)
     for over in ("step", "hours"):
@@ -133,24 +136,20 @@ def test_plots(files, tmp_path, monkeypatch):
 def test_pauses_are_no_training():
     """Fails when the hours between two sittings count."""
     times = 1000 + np.array([0.0, 2, 4, 6, 5006, 5008])  # an iteration takes 2 seconds
-    np.testing.assert_allclose(report.hours_of(times, 2.0) * 3600, [2, 4, 6, 8, 10, 12])
+    np.testing.assert_allclose(report.compute_hours(times, 2.0) * 3600, [2, 4, 6, 8, 10, 12])
 
 
 def test_published_numbers_of_renamed_tasks():
     """Fails when -v4 tasks lose the numbers of their -v2, or another script's are taken."""
-    row = pd.Series({"script": "ppo_continuous_action.py", "env_id": "Hopper-v4"})
-    assert report.published(row).baselines_mean == 2518.95
-    assert report.published(row.replace("Hopper-v4", "Ant-v4")) is None
-    assert (
-        report.published(
-            pd.Series({"script": "ppo_atari_lstm.py", "env_id": "PongNoFrameskip-v4"})
-        ).seed_script_mean
-        == 19.78
-    )
+    hopper = report.find_published("ppo_continuous_action.py", "Hopper-v4")
+    assert hopper.baselines_mean == 2518.95
+    assert report.find_published("ppo_continuous_action.py", "Ant-v4") is None
+    pong = report.find_published("ppo_atari_lstm.py", "PongNoFrameskip-v4")
+    assert pong.seed_script_mean == 19.78
 
 
 def test_a_repeated_run_counts_once(folder, tmp_path, capsys, monkeypatch):
-    """Fails when the same seed is averaged twice, or another machine's runs are said to be this one's."""
+    """Fails when the same seed is averaged twice, or the machine is not the one that is given."""
     (run_dir,) = (folder / "runs").glob("CartPole-v1__ppo__2__*")
     later = tmp_path / "CartPole-v1__ppo__2__9999999999"
     shutil.copytree(run_dir, later)
@@ -162,9 +161,9 @@ def test_a_repeated_run_counts_once(folder, tmp_path, capsys, monkeypatch):
 
 
 def test_readme_shows_what_was_measured():
-    """Fails when README.md's table differs from what benchmark/results/*_runs.csv give, or a plot is missing."""
+    """Fails when README.md's table is not what *_runs.csv give, or a plot is missing."""
     readme = (ROOT / "README.md").read_text()
-    assert readme.split(report.BEGIN)[1].split(report.END)[0] == report.readme_table()
+    assert readme.split(report.BEGIN)[1].split(report.END)[0] == report.make_readme_table()
     files = list((ROOT / "benchmark" / "results").glob("*_runs.csv"))
     for file in files:
         assert f"(benchmark/results/{file.name.removesuffix('_runs.csv')}_steps.png)" in readme

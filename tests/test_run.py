@@ -1,4 +1,7 @@
-"""benchmark/run.py: runs that fail, are killed, are stopped half-way and gone on with; here and through submitit."""
+"""benchmark/run.py: runs that fail, are killed, are stopped half-way and gone on with.
+
+Here and through submitit.
+"""
 
 import importlib
 import os
@@ -57,7 +60,7 @@ def iteration(cwd: Path, name: str) -> int:
 
 
 def test_a_failing_run_does_not_stop_the_others(tmp_path):
-    """Fails when the others do not run, when nothing is said of the failure, or when the exit code hides it."""
+    """Fails when the others do not run, or when the failure is not said or not in the exit code."""
     command = f"{PPO} --total-timesteps 1024"
     result = run(tmp_path, command, "--env-ids", "NoSuch-v0", "CartPole-v1", "--num-seeds", 1)
     assert result.returncode == 1
@@ -74,22 +77,14 @@ def test_a_failing_run_does_not_stop_the_others(tmp_path):
     assert (again.returncode, runs(tmp_path)) == (0, [finished])
     assert again.stdout.startswith("1 runs, of which 1 are finished\n| script | environment |")
     assert f",{finished.name}," in (tmp_path / "results" / "ppo_runs.csv").read_text()
-    other = run(
-        tmp_path,
-        f"{command} --gamma 0.9",
-        "--env-ids",
-        "CartPole-v1",
-        "--num-seeds",
-        1,
-        "--threads",
-        1,
-    )
+    args = "--env-ids CartPole-v1 --num-seeds 1 --threads 1"
+    other = run(tmp_path, f"{command} --gamma 0.9", *args.split())
     assert other.stdout == "1 runs, of which 0 are finished\n"  # other arguments, another run
     assert len(runs(tmp_path)) == 2
 
 
 def test_killed_worker_and_restart_half_way(tmp_path):
-    """Fails when a kill goes unnoticed, when Ctrl-C leaves processes or loses steps, or when a restart begins anew."""
+    """Fails when a kill goes unnoticed, Ctrl-C leaves or loses something, or all begins anew."""
     args = ["--env-ids", "CartPole-v1", "--num-seeds", 2, "--workers", 2]
     process = start(tmp_path, f"{PPO} {LONG}", *args)
     names = [f"CartPole-v1__ppo__{seed}" for seed in (1, 2)]
@@ -114,9 +109,8 @@ def test_killed_worker_and_restart_half_way(tmp_path):
         (folder,) = runs(tmp_path, name)
         steps = [step for step, _ in scalars(folder, "charts/SPS")]
         assert steps == [512 * (1 + i) for i in range(len(steps))] and len(steps) > reached[name]
-        assert (tmp_path / "runs" / "logs" / f"{name}.log").read_text().count(
-            "\n$ "
-        ) == 1  # the second command
+        log = (tmp_path / "runs" / "logs" / f"{name}.log").read_text()
+        assert log.count("\n$ ") == 1  # the second command
 
 
 def test_second_ctrl_c_kills(tmp_path):
@@ -173,7 +167,7 @@ def test_a_queue_of_twenty(tmp_path):
 
 @pytest.fixture
 def slurm(tmp_path, monkeypatch):
-    """A folder with stand-ins for Slurm's commands on the path; `sbatch` keeps what is submitted."""
+    """A folder with stand-ins for Slurm's commands on the path; `sbatch` keeps what it is given."""
     programs = {
         "srun": "",
         "sbatch": 'cp "$1" submitted.sh; echo Submitted batch job 4711',
@@ -187,48 +181,39 @@ def slurm(tmp_path, monkeypatch):
 
 
 def test_slurm_array(slurm):
-    """Fails when an option does not reach Slurm, or when a preempted job is not requeued or begins anew."""
-    options = [
-        "--partition",
-        "a100",
-        "--gpus",
-        1,
-        "--cpus",
-        3,
-        "--memory",
-        7,
-        "--time",
-        5,
-        "--workers",
-        2,
-    ]
+    """Fails when Slurm misses an option, or a preempted job is not requeued or begins anew."""
     command = f"{PPO} --total-timesteps 60000 --checkpoint-interval 5"
-    result = run(
-        slurm,
-        command,
-        "--env-ids",
-        "CartPole-v1",
-        "Acrobot-v1",
-        "--num-seeds",
-        2,
-        "--slurm",
-        *options,
-    )
+    what = "--env-ids CartPole-v1 Acrobot-v1 --num-seeds 2"
+    where = "--slurm --partition a100 --gpus 1 --cpus 3 --memory 7 --time 5"
+    how = "--workers 2 --threads 1"
+    result = run(slurm, command, *what.split(), *where.split(), *how.split())
     assert result.returncode == 0, result.stderr
     assert result.stdout.endswith("submitted 4 runs as job array 4711; logs in runs/logs\n")
     submitted = (slurm / "submitted.sh").read_text()
-    wanted = "array=0-3%2 partition=a100 gpus-per-node=1 cpus-per-task=3 mem=7GB time=300 requeue job-name=ppo"
-    for option in wanted.split():
+    wanted = [
+        "array=0-3%2",
+        "partition=a100",
+        "gpus-per-node=1",
+        "cpus-per-task=3",
+        "mem=7GB",
+        "time=300",
+        "requeue",
+        "job-name=ppo",
+    ]
+    for option in wanted:
         assert f"#SBATCH --{option}\n" in submitted, option
 
     # the job itself, as a node runs it
     words = [*re.search(r"(\S+ -u -m submitit\S+ \S+)$", submitted).group().split()]
-    ids = dict(
-        SLURM_JOB_ID="4711", SLURM_ARRAY_JOB_ID="4711", SLURM_ARRAY_TASK_ID="2", SLURM_PROCID="0"
-    )
-    environment = (
-        os.environ | ids | dict(SUBMITIT_EXECUTOR="slurm", SLURM_LOCALID="0", SLURM_NODEID="0")
-    )
+    environment = os.environ | {
+        "SUBMITIT_EXECUTOR": "slurm",
+        "SLURM_JOB_ID": "4711",
+        "SLURM_ARRAY_JOB_ID": "4711",
+        "SLURM_ARRAY_TASK_ID": "2",
+        "SLURM_PROCID": "0",
+        "SLURM_LOCALID": "0",
+        "SLURM_NODEID": "0",
+    }
     node = dict(cwd=slurm, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     job = subprocess.Popen(words, **node)
     reached = wait_until(lambda: iteration(slurm, "CartPole-v1__ppo__2"))
@@ -250,9 +235,8 @@ def test_submitits_local_executor(tmp_path, monkeypatch):
     executor = submitit.LocalExecutor(tmp_path / "submitit")
     executor.update_parameters(timeout_min=5)
     command = [*PPO.split(), "--total-timesteps", "1024", "--env-id"]
-    good, bad = (
-        executor.submit(job_class([*command, env_id], 1)) for env_id in ("CartPole-v1", "NoSuch-v0")
-    )
+    good = executor.submit(job_class([*command, "CartPole-v1"], 1))
+    bad = executor.submit(job_class([*command, "NoSuch-v0"], 1))
     good.result()
     assert iteration(tmp_path, "CartPole-v1__ppo__1") == 2
     with pytest.raises(submitit.core.utils.FailedJobError, match="NoSuch-v0__ppo__1 failed"):

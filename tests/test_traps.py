@@ -160,7 +160,8 @@ def test_a_new_argument_is_free(script):
 def test_initialisation_reaches_nested_modules(script, monkeypatch):
     """Fails when only a network's outermost layers are initialised, or when a LayerNorm raises."""
     first_line = "        super().__init__()\n\n"
-    block = "nn.Sequential(nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8)))"
+    inner = "nn.Sequential(nn.Linear(8, 8, bias=False), nn.LayerNorm(8))"
+    block = f"nn.Sequential({inner}, nn.Conv2d(1, 1, 1))"
     source = Path(script.__file__).read_text()
     begin = source.index("class Agent(nn.Module)")
     agent_source = source[begin:].replace(
@@ -174,7 +175,7 @@ def test_initialisation_reaches_nested_modules(script, monkeypatch):
 
     agent = copied.Agent(*spaces(script))
     linear, norm = agent.extra[0]
-    assert not linear.bias.any()
+    assert linear.bias is None and not agent.extra[1].bias.any()
     assert torch.equal(norm.weight, torch.ones(8))
     weight = linear.weight.detach()
     if script.__name__ == "ppo_procgen":  # Glorot's uniform weights, as baselines has them

@@ -1,4 +1,4 @@
-"""What a gradient step does to the weights: in every script, that which PyTorch's plain Adam does."""
+"""What a gradient step does to the weights: in every script, what PyTorch's plain Adam does."""
 
 import copy
 import importlib
@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+# ppo_procgen before all, because it finds EnvPool a Qt 5
 SCRIPTS = [
     "ppo_procgen",
     "ppo",
@@ -14,11 +15,10 @@ SCRIPTS = [
     "ppo_atari",
     "ppo_atari_lstm",
     "ppo_atari_envpool",
+    "ppo_multidiscrete",
+    "ppo_multidiscrete_mask",
 ]
-SCRIPTS += ["ppo_multidiscrete", "ppo_multidiscrete_mask"]
-MODULES = [
-    importlib.import_module(name) for name in SCRIPTS
-]  # ppo_procgen before all, because it finds EnvPool a Qt 5
+MODULES = [importlib.import_module(name) for name in SCRIPTS]
 
 
 @pytest.mark.parametrize(
@@ -26,7 +26,10 @@ MODULES = [
 )
 @pytest.mark.parametrize("script", MODULES, ids=SCRIPTS)
 def test_three_steps_are_those_of_plain_adam(script, compile, monkeypatch, tmp_path):
-    """Fails when gradients lie in memory otherwise than their weights: fused Adam pairs them by address."""
+    """Fails when gradients lie in memory otherwise than their weights.
+
+    Fused Adam pairs them by address.
+    """
     monkeypatch.chdir(tmp_path)
     twins, differences, train_step = [], [], script.train_step
 
@@ -54,6 +57,5 @@ def test_three_steps_are_those_of_plain_adam(script, compile, monkeypatch, tmp_p
     sizes = dict(num_envs=2, num_steps=16, num_minibatches=1, update_epochs=3, total_timesteps=32)
     script.main(script.Args(**sizes, compile=compile, torch_deterministic=False, cuda=False))
     assert len(differences) == 3 * len(list(twins[0].parameters()))
-    assert max(differences) < 0.1, max(
-        differences
-    )  # in learning rates; a step is about one of them
+    # in learning rates; a step is about one of them
+    assert max(differences) < 0.1, max(differences)

@@ -1,0 +1,250 @@
+"""What goes wrong ends in one clear line, and nothing that was there is lost."""
+
+import copy
+import importlib
+import itertools
+import random
+import resource
+import signal
+import sys
+import time
+from pathlib import Path
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from conftest import load, run, run_dir_of, start, wait_until
+
+# ppo_procgen before all, because it finds EnvPool a Qt 5
+SCRIPTS = [
+    "ppo_procgen",
+    "ppo",
+    "ppo_continuous_action",
+    "ppo_atari",
+    "ppo_atari_lstm",
+    "ppo_atari_envpool",
+    "ppo_multidiscrete",
+    "ppo_multidiscrete_mask",
+]
+MODULES = {name: importlib.import_module(name) for name in SCRIPTS}
+SMALL = dict(num_envs=2, num_steps=16, num_minibatches=1, update_epochs=1, total_timesteps=64)
+SMALL_WORDS = ["--num-envs", 2, "--num-steps", 16, "--num-minibatches", 1, "--update-epochs", 1]
+
+
+def wrong_checkpoints(checkpoint: dict) -> dict[str, dict]:
+    """{what is wrong with it: a checkpoint that loads, and that nobody can go on with}."""
+    wrong = {}
+    for key in checkpoint:
+        if key != "cuda_random":
+            wrong[f"without {key}"] = {k: v for k, v in checkpoint.items() if k != key}
+    for value in (-1, "2", 1.5, None):
+        wrong[f"iteration {value!r}"] = checkpoint | {"iteration": value}
+    wrong["of an older format"] = checkpoint | {"format": 1}
+    wrong["returns of text"] = checkpoint | {"recent_returns": ["many"]}
+    wrong["no optimizer"] = checkpoint | {"optimizer": {}}
+    wrong["no random state"] = checkpoint | {"torch_random": [1, 2, 3]}
+
+    args = checkpoint["args"]
+    wrong["an unknown argument"] = checkpoint | {"args": args | {"warmup": 3}}
+    fewer = {name: value for name, value in args.items() if name != "gamma"}
+    wrong["a missing argument"] = checkpoint | {"args": fewer}
+    for name, value in (("num_envs", "two"), ("num_steps", 2.5), ("env_id", 7), ("gamma", None)):
+        wrong[f"{name} {value!r}"] = checkpoint | {"args": args | {name: value}}
+    wrong["gamma 2"] = checkpoint | {"args": args | {"gamma": 2.0}}
+
+    other = copy.deepcopy(checkpoint)
+    name = next(iter(other["agent"]))
+    other["agent"][name] = torch.zeros(3, 3, 3)
+    wrong["weights of another shape"] = other
+    return wrong
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_wrong_checkpoints_are_refused(name, tmp_path, monkeypatch, capsys):
+    """Fails when one of them ends in a traceback, in several lines, or leaves anything behind."""
+    script = MODULES[name]
+    monkeypatch.chdir(tmp_path)
+    script.main(script.Args(**SMALL, cuda=False))
+    run_dir = run_dir_of(tmp_path)
+    path = run_dir / "checkpoint.pt"
+    whole = path.read_bytes()
+    files = sorted(tmp_path.rglob("*"))
+
+    wrong = wrong_checkpoints(load(run_dir))
+    assert len(wrong) >= 25
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", "--resume", str(run_dir)])
+    for what, checkpoint in wrong.items():
+        torch.save(checkpoint, path)
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            script.main(script.parse_args())
+        assert ended.value.code == 2, what
+        lines = capsys.readouterr().err.splitlines()
+        assert len(lines) == 1 and lines[0].startswith(f"{name}.py: "), (what, lines)
+        assert sorted(tmp_path.rglob("*")) == files, what
+
+    rng = random.Random(0)
+    for _ in range(20):  # a bit that has flipped, a file that was cut off
+        damaged = bytearray(whole)
+        damaged[rng.randrange(len(whole))] ^= 1 << rng.randrange(8)
+        if rng.random() < 0.5:
+            damaged = damaged[: rng.randrange(len(whole))]
+        path.write_bytes(damaged)
+        try:
+            checkpoint = script.load_checkpoint(run_dir)
+        except SystemExit as refusal:
+            assert refusal.code == 2
+            continue
+        path.write_bytes(whole)  # it hit what is no content, such as a time
+        assert all(
+            torch.equal(weight, checkpoint["agent"][key])
+            for key, weight in load(run_dir)["agent"].items()
+        )
+
+
+def test_resume_of_nothing_and_of_more_than_is_wanted(tmp_path):
+    """Fails when an unset variable starts a new run, or when fewer steps than done are accepted."""
+    result = run("ppo.py", "--resume", "", cwd=tmp_path)
+    assert result.returncode == 2 and len(result.stderr.splitlines()) == 1
+    assert not list(tmp_path.iterdir())
+
+    assert run("ppo.py", "--total-timesteps", 2048, cwd=tmp_path).returncode == 0
+    run_dir = run_dir_of(tmp_path)
+    before = (run_dir / "checkpoint.pt").read_bytes()
+    result = run("ppo.py", "--resume", run_dir, "--total-timesteps", 1024, cwd=tmp_path)
+    assert result.returncode == 2
+    assert "2048 steps are done already" in result.stderr
+    assert (run_dir / "checkpoint.pt").read_bytes() == before
+
+
+def test_a_run_is_trained_by_one_process(tmp_path):
+    """Fails without the lock, or when it outlives the process that held it."""
+    args = ["--total-timesteps", 10_000_000, "--checkpoint-interval", 1]
+    process = start("ppo.py", *args, cwd=tmp_path)
+    wait_until(lambda: list(tmp_path.glob("runs/*/checkpoint.pt")) or process.poll() is not None)
+    run_dir = run_dir_of(tmp_path)
+    second = run("ppo.py", "--resume", run_dir, cwd=tmp_path)
+    assert second.returncode == 2
+    assert second.stderr == f"ppo.py: {run_dir}: another process is training this run\n"
+    assert process.poll() is None
+    process.kill()
+    process.communicate()
+
+    steps = 512 * (load(run_dir)["iteration"] + 1)
+    third = run("ppo.py", "--resume", run_dir, "--total-timesteps", steps, cwd=tmp_path)
+    assert third.returncode == 0, third.stderr
+
+
+def test_two_runs_that_begin_in_one_second(ppo, tmp_path, monkeypatch):
+    """Fails when the second is refused, or writes into the first one's folder."""
+    clock = itertools.count()
+    monkeypatch.setattr(time, "time", lambda: 1_790_000_000 + next(clock) / 1e6)
+    ppo.main(ppo.Args(**SMALL, gamma=0.9))
+    ppo.main(ppo.Args(**SMALL, gamma=0.8))
+    runs = sorted((tmp_path / "runs").iterdir())
+    assert [load(run_dir)["args"]["gamma"] for run_dir in runs] == [0.9, 0.8]
+
+
+def test_second_ctrl_c_ends_at_once(tmp_path):
+    """Fails when a long rollout keeps the program from ending."""
+    sizes = ["--num-steps", 10_000_000, "--total-timesteps", 40_000_000]
+    process = start("ppo.py", *sizes, cwd=tmp_path)
+    wait_until(lambda: list(tmp_path.glob("runs/*/checkpoint.pt")) or process.poll() is not None)
+    time.sleep(0.5)
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.5)
+    assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=5)
+    assert process.returncode == 130
+    assert load(run_dir_of(tmp_path))["iteration"] == 0
+
+
+def test_a_checkpoint_that_cannot_be_written(tmp_path):
+    """Fails when a full disk ends in a traceback, or costs the checkpoint that was there."""
+    assert run("ppo.py", "--total-timesteps", 1024, cwd=tmp_path).returncode == 0
+    run_dir = run_dir_of(tmp_path)
+    before = (run_dir / "checkpoint.pt").read_bytes()
+    limit = len(before) // 2
+
+    def limit_files():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+
+    args = ["--resume", run_dir, "--total-timesteps", 2048]
+    process = start("ppo.py", *args, cwd=tmp_path, preexec_fn=limit_files)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 1
+    (line,) = stderr.splitlines()
+    assert "cannot write" in line and "last good state" in line
+    assert (run_dir / "checkpoint.pt").read_bytes() == before
+
+
+class Overflow(gym.Env):
+    """Rewards so large that their squares are infinite."""
+
+    observation_space = gym.spaces.Box(-1, 1, (3,))
+    action_space = gym.spaces.Box(-1, 1, (1,))
+
+    def reset(self, seed=None, options=None):
+        super().reset(seed=seed)
+        return np.zeros(3, np.float32), {}
+
+    def step(self, action):
+        return np.zeros(3, np.float32), 1e200, False, False, {}
+
+
+def test_statistics_that_overflow(tmp_path, monkeypatch, capsys):
+    """Fails when a run ends well with infinite statistics in its checkpoint."""
+    script = MODULES["ppo_continuous_action"]
+    monkeypatch.chdir(tmp_path)
+    spec = gym.envs.registration.EnvSpec("Overflow-v0", Overflow)
+    monkeypatch.setitem(gym.registry, "Overflow-v0", spec)
+    with pytest.raises(SystemExit) as ended, np.errstate(all="ignore"):
+        script.main(script.Args(**SMALL, env_id="Overflow-v0"))
+    assert "NaN or infinite" in str(ended.value.code)
+    saved = load(run_dir_of(tmp_path))
+    assert saved["iteration"] == 0
+    assert np.isfinite(saved["envs"]["return"]["var"])
+
+
+@pytest.mark.parametrize("env_id", [":CartPole-v1", "a:b:c", ".x:CartPole-v1", ""])
+def test_odd_names(tmp_path, env_id):
+    """Fails when an environment's name ends in a traceback."""
+    result = run("ppo.py", "--env-id", env_id, cwd=tmp_path)
+    assert result.returncode == 2, result.stderr
+    assert len(result.stderr.splitlines()) == 1
+    assert not list(tmp_path.iterdir())
+
+
+def stop_at_random(name: str, signum: int, seconds: float, folder: Path) -> None:
+    """Starts a script, sends it a signal after that time of training, and checks what it says."""
+    folder.mkdir()
+    args = [*SMALL_WORDS, "--total-timesteps", 1_000_000, "--checkpoint-interval", 1_000_000]
+    process = start(f"{name}.py", *args, cwd=folder)
+    wait_until(lambda: list(folder.glob("runs/*/checkpoint.pt")) or process.poll() is not None)
+    time.sleep(seconds)
+    process.send_signal(signum)
+    stdout, stderr = process.communicate(timeout=60)
+    assert process.returncode == 128 + signum, stderr
+    assert "Exception" not in stderr and "Traceback" not in stderr
+    run_dir = run_dir_of(folder)
+    assert f"--resume runs/{run_dir.name}" in stdout
+    assert load(run_dir)["iteration"] >= 1
+
+
+@pytest.mark.parametrize("name", ["ppo_multidiscrete", "ppo_multidiscrete_mask"])
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+def test_java_leaves_the_signals_alone(name, signum, tmp_path):
+    """Fails when Java begins to shut down at a signal, and a step in flight raises."""
+    stop_at_random(name, signum, 1.0, tmp_path / "run")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_stops_at_random_moments(name, tmp_path):
+    """Fails when a stop at some moment is not saved: 20 in the scripts with Java, 6 in others."""
+    rng = random.Random(name)
+    for i in range(20 if "multidiscrete" in name else 6):
+        signum = rng.choice([signal.SIGTERM, signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+        stop_at_random(name, signum, rng.random(), tmp_path / str(i))
