@@ -567,8 +567,11 @@ def restore(checkpoint: dict, stateful: dict, recent_returns: deque) -> None:
         refuse(f"--resume: the checkpoint does not fit this script, {reason}")
 
 
-def check_resume(args: Args, checkpoint: dict) -> None:
-    """Refuses arguments that a run cannot go on with."""
+def find_checkpoint(args: Args) -> dict | None:
+    """-> the checkpoint to go on with, None for a new run; refuses what cannot go on."""
+    if args.resume is None:
+        return None
+    checkpoint = load_checkpoint(args.resume)
     for name in FIXED_ON_RESUME:
         if getattr(args, name) != checkpoint["args"][name]:
             given = checkpoint["args"][name]
@@ -576,6 +579,7 @@ def check_resume(args: Args, checkpoint: dict) -> None:
     if args.num_iterations < checkpoint["iteration"]:
         done = checkpoint["iteration"] * args.batch_size
         refuse(f"--total-timesteps {args.total_timesteps}: {done} steps are done already")
+    return checkpoint
 
 
 def open_run(args: Args) -> tuple[Path, io.TextIOBase]:
@@ -728,10 +732,7 @@ def summarize(run_dir: Path, recent_returns: deque, step: int, received: list[in
 def main(args: Args) -> float:
     """Trains -> mean return of the last 100 episodes, NaN if none has ended."""
     # Set up
-    checkpoint = None
-    if args.resume is not None:
-        checkpoint = load_checkpoint(args.resume)
-        check_resume(args, checkpoint)
+    checkpoint = find_checkpoint(args)
     make_env(args).close()  # refuses what it must before anything is written
     run_dir, lock = open_run(args)
     seed_generators(args.seed)

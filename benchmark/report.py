@@ -126,23 +126,29 @@ def average_last_episodes(
         return (sums[last] - sums[first]) / (last - first)
 
 
-def read_run(run_dir: Path, machine: str) -> tuple[dict, pd.DataFrame]:
-    """-> what SAVE_runs.csv and SAVE_curves.csv say of a run.
+class NoRunError(Exception):
+    """A folder is no run, or one that has not trained; the message says why."""
 
-    Refuses what is none, or has not trained.
+
+def read_run(run_dir: Path, machine: str, scripts: Path = ROOT) -> tuple[dict, pd.DataFrame]:
+    """-> what SAVE_runs.csv and SAVE_curves.csv say of a run; raises NoRunError.
+
+    scripts: the folder of the script that made it.
     """
     try:
         checkpoint = torch.load(run_dir / "checkpoint.pt", map_location="cpu", weights_only=True)
         script = checkpoint["script"]
         args = checkpoint["args"]
     except Exception as error:  # torch.load raises many kinds
-        refuse(f"{run_dir}: no run, {type(error).__name__}: {str(error)[:99]}")
+        raise NoRunError(f"no run, {type(error).__name__}: {str(error)[:99]}") from None
+    if not (scripts / f"{Path(script).name}.py").is_file():
+        raise NoRunError(f"made by {script}.py, which is not in {scripts}")
 
     events = EventAccumulator(str(run_dir), size_guidance={"scalars": 0})
     events.Reload()
     tags = events.Tags()["scalars"]
     if "charts/SPS" not in tags:
-        refuse(f"{run_dir}: has not trained yet")
+        raise NoRunError("has not trained yet")
 
     # Iterations
     iterations = events.Scalars("charts/SPS")
@@ -335,9 +341,15 @@ def write_report(args: Args) -> None:
     rows = []
     curves = []
     for run_dir in tqdm(args.run_dirs, unit=" runs", disable=None):
-        run, curve = read_run(run_dir, args.machine)
+        try:
+            run, curve = read_run(run_dir, args.machine)
+        except NoRunError as error:
+            print(f"left out: {run_dir}: {error}", file=sys.stderr)
+            continue
         rows.append(run)
         curves.append(curve)
+    if not rows:
+        refuse("no run to report")
 
     runs = pd.DataFrame(rows).sort_values(["script", "env_id", "command", "seed", "run"])
     runs = leave_out_repeated(runs)
@@ -373,7 +385,7 @@ def main(args: Args) -> None:
     """Does what it is asked to; refuses to do nothing."""
     if not args.run_dirs and not args.readme:
         refuse("nothing to do: name folders of runs, or --readme")
-    if args.run_dirs and not args.save:
+    if args.run_dirs and args.save in (None, Path("")):
         refuse("--save: say where to write, as in --save benchmark/results/ppo")
 
     if args.run_dirs:

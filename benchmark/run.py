@@ -297,6 +297,10 @@ def make_jobs(args: Args) -> list[Job]:
     command = shlex.split(args.command)
     if not command or shutil.which(command[0]) is None:
         refuse(f"--command {args.command}: there is no such program")
+    if len(set(args.env_ids)) < len(args.env_ids):
+        refuse(f"--env-ids {' '.join(args.env_ids)}: the same environment twice")
+    if RUNS.exists() and not RUNS.is_dir():
+        refuse(f"{RUNS}: is a file, where the folder of the runs should be")
 
     jobs = []
     threads = count_threads(args)

@@ -180,16 +180,34 @@ def test_bad_input_is_one_line(tmp_path):
     for args, line in [
         ([], "report.py: nothing to do"),
         ([tmp_path], "report.py: --save: say where"),
-        ([tmp_path, "--save", tmp_path / "x"], f"report.py: {tmp_path}: no run, FileNotFoundError"),
-        (
-            [tmp_path / "run", "--save", tmp_path / "x"],
-            f"report.py: {tmp_path}/run: has not trained yet",
-        ),
+        ([tmp_path, "--save", ""], "report.py: --save: say where"),
     ]:
         command = [sys.executable, ROOT / "benchmark" / "report.py", *args]
         result = subprocess.run(list(map(str, command)), capture_output=True, text=True)
-        assert (
-            result.returncode == 2
-            and result.stderr.startswith(line)
-            and result.stderr.count("\n") == 1
-        )
+        assert result.returncode == 2
+        assert result.stderr.startswith(line) and result.stderr.count("\n") == 1
+
+
+def test_what_is_no_run_is_left_out(folder, tmp_path):
+    """Fails when a folder of logs, or a run that was stopped at its start, blocks the report."""
+    (tmp_path / "logs").mkdir()
+    for name, script in (("new", "ppo"), ("strange", "os")):
+        (tmp_path / name).mkdir()
+        torch.save({"script": script, "args": {}}, tmp_path / name / "checkpoint.pt")
+    (good,) = (folder / "runs").glob("CartPole-v1__ppo__2__*")
+    bad = [tmp_path / name for name in ("logs", "new", "strange")]
+    program = str(ROOT / "benchmark" / "report.py")
+    command = [sys.executable, program, "--save", str(tmp_path / "x"), *map(str, bad)]
+
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 2
+    *left_out, last = result.stderr.splitlines()
+    assert [line.partition(": ")[0] for line in left_out] == ["left out"] * 3
+    assert f"{tmp_path}/logs: no run, FileNotFoundError" in result.stderr
+    assert f"{tmp_path}/new: has not trained yet" in result.stderr
+    assert f"{tmp_path}/strange: made by os.py, which is not in" in result.stderr
+    assert last == "report.py: no run to report"
+
+    result = subprocess.run([*command, str(good)], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert len(pd.read_csv(tmp_path / "x_runs.csv")) == 1

@@ -141,6 +141,10 @@ def test_second_ctrl_c_kills(tmp_path):
             ("nothing ppo.py", "--env-ids", "A-v0"),
             "run.py: --command nothing ppo.py: there is no such program",
         ),
+        (
+            (PPO, "--env-ids", "CartPole-v1", "CartPole-v1"),
+            "run.py: --env-ids CartPole-v1 CartPole-v1: the same environment twice",
+        ),
         ((PPO, "--env-ids", "A-v0", "--workers", 0), "run.py: --workers 0: must be at least 1"),
         ((PPO, "--env-ids", "A-v0", "--slurm"), "run.py: --slurm: Could not detect"),
     ],

@@ -1,0 +1,695 @@
+"""Measures what each detail is worth: takes it out of a script that works, and trains.
+
+    python benchmark/ablations.py --list        # the variants, and how each is made
+    python benchmark/ablations.py --workers 2   # trains them all; started again, goes on
+    python benchmark/ablations.py --domain mujoco --variants 9 28-no-observation-normalisation
+    python benchmark/ablations.py --report      # writes what is finished so far
+
+A variant is a copy of a script, runs/ablations/SCRIPT__VARIANT.py, in which some lines are edited
+or which gets other flags. Its runs are trained, stopped and gone on with as those of run.py. The
+queue goes seed by seed over all variants, the full recipe first: one that is cut off has all
+variants, with fewer seeds.
+
+Writes into --save: ablations.csv, a line for each finished run, and ablations_DOMAIN.png. A run
+that ended early because its weights became NaN or infinite counts with its last return; the column
+`note` says so. Columns of ablations.csv: mean_return is that of the last 100 episodes, auc its mean
+over the whole training, first_return its first value.
+
+The worth of a detail is the change of the interquartile mean (IQM) over seeds against the full
+recipe of the same script. The unit is what the full recipe gained from its first_return to its
+IQM, so that -100 % is to have learned nothing; returns themselves are no unit where they can be
+negative. The change is a mean over environments; its 95 % interval comes from a bootstrap that
+draws seeds anew in each environment, with the unit held fixed.
+
+Shapes: S = seeds, B = BOOTSTRAPS.
+"""
+
+import functools
+import signal
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import tyro
+from common import ROOT, describe_machine, refuse
+from report import NoRunError, read_run
+from run import RUNS, Job, Queue
+from scipy import stats
+from tqdm import tqdm
+
+COPIES = RUNS / "ablations"
+BOOTSTRAPS = 2000
+
+# What tells one run from another in ablations.csv; of two that are equal in it, the later counts
+KEY = ["domain", "script", "detail", "variant", "env_id", "seed", "total_timesteps"]
+
+# Columns of compute_changes beside those of the environments
+NOT_ENV_IDS = ["script", "label", "change", "low", "high"]
+
+
+@dataclass
+class Variant:
+    """A script without one detail, or with another one in its place."""
+
+    script: str
+    """whose full recipe it is compared with"""
+    detail: str
+    name: str
+    flags: str = ""
+    edits: list[tuple[str, str]] = field(default_factory=list)
+    """lines that are in the script once, and what takes their place"""
+    source: str | None = None
+    """the script that is copied, if it is another one"""
+
+    @property
+    def slug(self) -> str:
+        """What it is called on the command line and in names of files."""
+        return f"{self.detail} {self.name}".replace(" ", "-")
+
+    @property
+    def copy(self) -> Path:
+        return COPIES / f"{Path(self.script).stem}__{self.slug}.py"
+
+
+@dataclass
+class Domain:
+    """Variants that are trained on the same environments."""
+
+    variants: list[Variant]
+    env_ids: list[str]
+    total_timesteps: int
+    num_seeds: int
+
+
+# Details that cannot be taken out: {number: why}
+DEFINITIONS = {
+    "12": "debug variables are logged, nothing is trained on them",
+    "23": "a normal distribution is the policy; another one is another policy",
+    "25": "independent components are what makes a probability of several numbers",
+    "33": "a state has to start somewhere, once in a training",
+    "35": "an LSTM cannot be trained on steps that are out of order",
+    "37": "independent components are what makes a probability of several choices",
+}
+
+
+def recipe(script: str) -> Variant:
+    """A script as it is, which its variants are compared with."""
+    return Variant(script, "full", "recipe")
+
+
+def one_environment(script: str, rollout: int) -> Variant:
+    """As many samples in a rollout, all of one environment."""
+    flags = f"--num-envs 1 --num-steps {rollout}"
+    return Variant(script, "1", "one environment", flags)
+
+
+def general(
+    script: str, head: str = "", samples: str = "args.batch_size", valid: str = ""
+) -> list[Variant]:
+    """Variants of what is the same in every script.
+
+    head: index of the last layer of actor and critic; samples: how many a rollout has; valid: index
+    of those that are experience.
+    """
+    variant = functools.partial(Variant, script)
+
+    orthogonal = """\
+        for layer in self.modules():
+            if isinstance(layer, nn.Linear | nn.Conv2d):
+                nn.init.orthogonal_(layer.weight, 2**0.5)
+                if layer.bias is not None:
+                    nn.init.zeros_(layer.bias)
+"""
+    orthogonal_heads = f"""\
+        nn.init.orthogonal_(self.actor{head}.weight, 0.01)
+        nn.init.orthogonal_(self.critic{head}.weight, 1.0)
+"""
+    step = """\
+    optimizer.step()
+    return stats
+"""
+    step_as_in_tensorflow = """\
+    # TensorFlow's Adam adds its epsilon before the bias correction.
+    state = optimizer.state[next(agent.parameters())]
+    steps = float(state["step"]) + 1 if state else 1  # with this one
+    for group in optimizer.param_groups:
+        group["eps"] = 1e-5 / (1 - 0.999**steps) ** 0.5
+    optimizer.step()
+    return stats
+"""
+    shuffled = f"torch.randperm({samples}, device=device)"
+    drawn = f"torch.randint({samples}, ({samples},), device=device)"
+
+    copied = """\
+        buffer["advantages"].copy_(torch.from_numpy(advantages))
+"""
+    normalised = f"""\
+        std, mean = advantages{valid}.std(), advantages{valid}.mean()
+        advantages = (advantages - mean) / (std + 1e-8)
+        buffer["advantages"].copy_(torch.from_numpy(advantages))
+"""
+    clipped = """\
+    pg_loss2 = -advantages * ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef)
+    pg_loss = torch.max(pg_loss1, pg_loss2)  # [M]
+"""
+    unclipped = """\
+    pg_loss = pg_loss1  # [M]
+"""
+
+    return [
+        variant("2", "initialisation of PyTorch", "", [(orthogonal, ""), (orthogonal_heads, "")]),
+        variant("3", "epsilon 1e-8", "", [("eps=1e-5", "eps=1e-8")]),
+        variant("3", "epsilon as in TensorFlow", "", [(step, step_as_in_tensorflow)]),
+        variant("4", "constant learning rate", "--no-anneal-lr"),
+        variant("5", "lambda 1", "--gae-lambda 1"),
+        variant("5", "lambda 0", "--gae-lambda 0"),
+        variant("6", "one minibatch", "--num-minibatches 1"),
+        variant("6", "samples drawn with replacement", "", [(shuffled, drawn)]),
+        variant("7", "no advantage normalisation", "--no-norm-adv"),
+        variant("7", "normalised over the rollout", "--no-norm-adv", [(copied, normalised)]),
+        variant("8", "no clipping of the ratio", "", [(clipped, unclipped)]),
+        variant("9", "no value clipping", "--no-clip-vloss"),
+        variant("11", "no gradient clipping", "--max-grad-norm 1e9"),
+        variant("A1", "clip range annealed", "--anneal-clip"),
+        variant("A3", "early stopping on KL", "--target-kl 0.01"),
+    ]
+
+
+def no_entropy_bonus(script: str) -> Variant:
+    return Variant(script, "10", "no entropy bonus", "--ent-coef 0")
+
+
+def bootstrapped(script: str) -> Variant:
+    return Variant(script, "time limits", "bootstrapped", "--bootstrap-truncated")
+
+
+def two_networks(script: str, shared_trunk_detail: str) -> list[Variant]:
+    """Variants of scripts whose policy and value have a network each."""
+    clip = """\
+    stats["grad_norm"] = nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
+"""
+    clip_each = """\
+    policy = [p for name, p in agent.named_parameters() if not name.startswith("critic")]
+    stats["grad_norm"] = nn.utils.clip_grad_norm_(policy, args.max_grad_norm)
+    nn.utils.clip_grad_norm_(agent.critic.parameters(), args.max_grad_norm)
+"""
+    critic = """\
+        self.critic = make_mlp(observation_space.shape[0], 1)
+"""
+    # Computed twice, as the numbers are the same
+    critic_on_actor = """\
+        self.critic = nn.Sequential(*self.actor[:-1], nn.Linear(64, 1))
+"""
+    return [
+        Variant(script, "11", "each network clipped by itself", "", [(clip, clip_each)]),
+        Variant(script, shared_trunk_detail, "shared trunk", "", [(critic, critic_on_actor)]),
+    ]
+
+
+def make_mujoco() -> list[Variant]:
+    """Variants of details 24 and 27 to 31."""
+    variant = functools.partial(Variant, "ppo_continuous_action.py")
+
+    # A head of twice the width; sums over the numbers of an action, sample by sample
+    dependent = [
+        (
+            "self.actor = make_mlp(observation_space.shape[0], action_space.shape[0])",
+            "self.actor = make_mlp(observation_space.shape[0], 2 * action_space.shape[0])",
+        ),
+        ("        self.logstd = nn.Parameter(torch.zeros(action_space.shape[0]))\n", ""),
+        (
+            "        return DiagonalGaussian(self.actor(obs), self.logstd), ",
+            "        mean, logstd = self.actor(obs).chunk(2, -1)\n"
+            "        return DiagonalGaussian(mean, logstd), ",
+        ),
+        ("- log_normalizer.sum()", "- log_normalizer.sum(-1)"),
+        ("2 * math.pi * math.e)).sum()", "2 * math.pi * math.e)).sum(-1)"),
+    ]
+
+    # The three tasks' bounds; the probability is still that of what was drawn
+    stored = 'buffer["actions"][t] = action'
+    stored_clipped = 'buffer["actions"][t] = action.clamp(-1, 1)'
+
+    scale_obs = (
+        "        obs = (obs - self.obs_statistics.mean) / np.sqrt(self.obs_statistics.var + 1e-8)\n"
+    )
+    scale_rewards = "        rewards = rewards / np.sqrt(self.return_statistics.var + 1e-8)\n"
+    no_scaled_obs = (scale_obs, "")
+    no_clipped_obs = ("return obs.clip(-10, 10)", "return obs")
+    no_scaled_rewards = (scale_rewards, "")
+    no_clipped_rewards = ("        rewards = rewards.clip(-10, 10)\n", "")
+    none = [no_scaled_obs, no_clipped_obs, no_scaled_rewards, no_clipped_rewards]
+
+    return [
+        variant("24", "deviation depends on the state", "", dependent),
+        variant("27", "clipped actions stored", "", [(stored, stored_clipped)]),
+        variant("28", "no observation normalisation", "", [no_scaled_obs]),
+        variant("29", "no observation clipping", "", [no_clipped_obs]),
+        variant("30", "no reward scaling", "", [no_scaled_rewards]),
+        variant("31", "no reward clipping", "", [no_clipped_rewards]),
+        variant("28-31", "none of the four", "", none),
+    ]
+
+
+def make_atari() -> list[Variant]:
+    """Variants of details 14 to 22, of which the engine can do some and the wrappers the others."""
+    wrappers = functools.partial(Variant, "ppo_atari.py")
+    engine = functools.partial(Variant, "ppo_atari_envpool.py")
+
+    maximum = "screen = np.maximum(self.screens[0], self.screens[1])"
+    separate = [
+        ("import contextlib\n", "import contextlib\nimport copy\n"),
+        (
+            "        self.critic = nn.Linear(512, 1)\n",
+            "        self.critic = nn.Linear(512, 1)\n"
+            "        self.critic_network = copy.deepcopy(self.network)\n",
+        ),
+        ("self.critic(hidden).squeeze(-1)", "self.critic(self.critic_network(images)).squeeze(-1)"),
+    ]
+    scale = "        images /= 255  # a copy, so that not the rollout itself is scaled\n"
+
+    return [
+        wrappers("14", "no no-ops", "", [("    env = NoopReset(env)\n", "")]),
+        wrappers("15", "no maximum over frames", "", [(maximum, "screen = self.screens[1]")]),
+        engine("16", "whole games", "", [("episodic_life=True", "episodic_life=False")]),
+        engine("17", "no FIRE", "", [("use_fire_reset=True", "use_fire_reset=False")]),
+        wrappers("18", "nearest pixel", "", [("cv2.INTER_AREA", "cv2.INTER_NEAREST")]),
+        engine("19", "raw rewards", "", [("reward_clip=True", "reward_clip=False")]),
+        engine("20", "one frame", "", [("stack_num=4", "stack_num=1")]),
+        engine("21", "separate networks", "", separate),
+        engine("22", "images not scaled", "", [(scale, "")]),
+    ]
+
+
+def make_lstm() -> list[Variant]:
+    """Variants of details 32, 34 and 36."""
+    variant = functools.partial(Variant, "ppo_atari_lstm.py")
+
+    orthogonal = """\
+        for name, parameter in self.lstm.named_parameters():
+            if "weight" in name:
+                nn.init.orthogonal_(parameter, 1.0)
+            else:
+                nn.init.zeros_(parameter)
+"""
+    reset = "            state = state * going_on.unsqueeze(-1)\n"
+    state = 'mb["lstm_state"] = first_state[:, index]'
+    zeros = 'mb["lstm_state"] = torch.zeros_like(first_state[:, index])'
+
+    return [
+        variant("32", "LSTM initialisation of PyTorch", "", [(orthogonal, "")]),
+        variant("34", "LSTM states not reset", "", [(reset, "")]),
+        variant("36", "LSTM states zero in training", "", [(state, zeros)]),
+    ]
+
+
+PPO = "ppo.py"
+MUJOCO = "ppo_continuous_action.py"
+MASK = "ppo_multidiscrete_mask.py"
+ENVPOOL = "ppo_atari_envpool.py"
+
+DOMAINS = {
+    "classic": Domain(
+        [
+            recipe(PPO),
+            one_environment(PPO, 512),
+            *general(PPO, head="[-1]"),
+            no_entropy_bonus(PPO),
+            *two_networks(PPO, "13"),
+            bootstrapped(PPO),
+        ],
+        ["CartPole-v1", "Acrobot-v1", "LunarLander-v3"],
+        total_timesteps=500_000,
+        num_seeds=10,
+    ),
+    # The recipe itself has one environment and no entropy bonus
+    "mujoco": Domain(
+        [
+            recipe(MUJOCO),
+            *make_mujoco(),
+            *two_networks(MUJOCO, "26"),
+            *general(MUJOCO, head="[-1]"),
+            bootstrapped(MUJOCO),
+        ],
+        ["HalfCheetah-v4", "Hopper-v4", "Walker2d-v4"],
+        total_timesteps=500_000,
+        num_seeds=5,
+    ),
+    "microrts": Domain(
+        [
+            recipe(MASK),
+            Variant(MASK, "A4", "no mask", source="ppo_multidiscrete.py"),
+            one_environment(MASK, 1024),
+            *general(MASK),
+            no_entropy_bonus(MASK),
+            bootstrapped(MASK),
+        ],
+        ["MicrortsMining-v1", "MicrortsProduceCombatUnitsShapedReward-v1"],
+        total_timesteps=500_000,
+        num_seeds=5,
+    ),
+    "atari": Domain(
+        [
+            recipe(ENVPOOL),
+            recipe("ppo_atari.py"),
+            recipe("ppo_atari_lstm.py"),
+            *make_atari(),
+            *make_lstm(),
+            one_environment(ENVPOOL, 1024),
+            *general(ENVPOOL, samples="len(samples)", valid="[valid]"),
+            no_entropy_bonus(ENVPOOL),
+        ],
+        ["BreakoutNoFrameskip-v4"],
+        total_timesteps=1_000_000,
+        num_seeds=1,
+    ),
+}
+
+
+@dataclass
+class Args:
+    domain: Literal["classic", "mujoco", "microrts", "atari"] = "classic"
+    """which scripts, environments, steps and seeds"""
+    env_ids: list[str] | None = None
+    """environments, if not the domain's"""
+    variants: list[str] | None = None
+    """variants or numbers of details, if not all; the full recipe is always trained"""
+    num_seeds: int | None = None
+    """runs of a variant on each environment, if not as many as the domain has"""
+    total_timesteps: int | None = None
+    """environment steps of each run, if not the domain's"""
+    workers: int = 1
+    """runs at a time"""
+    threads: int = 1
+    """threads of each run"""
+    save: Path = ROOT / "benchmark" / "results"
+    """folder of ablations.csv and the figure"""
+    machine: str = field(default_factory=describe_machine)
+    """where the runs were trained, if not here"""
+    report: bool = False
+    """train nothing, write the files of what is finished"""
+    list: bool = False
+    """train nothing, print the variants"""
+
+    def __post_init__(self):
+        domain = DOMAINS[self.domain]
+        self.env_ids = self.env_ids or domain.env_ids
+        if self.num_seeds is None:
+            self.num_seeds = domain.num_seeds
+        if self.total_timesteps is None:
+            self.total_timesteps = domain.total_timesteps
+
+        for name in ("num_seeds", "workers", "threads"):
+            if getattr(self, name) < 1:
+                refuse(f"--{name.replace('_', '-')} {getattr(self, name)}: must be at least 1")
+
+
+def choose_variants(args: Args) -> list[Variant]:
+    """-> what is asked for, after the full recipes it is compared with; refuses what there is not.
+
+    A word of --variants is a variant's slug, or the number of a detail.
+    """
+    variants = DOMAINS[args.domain].variants
+    if args.variants is None:
+        return variants
+
+    for word in args.variants:
+        if not any(word in (variant.slug, variant.detail) for variant in variants):
+            refuse(f"--variants {word}: is none of {', '.join(v.slug for v in variants)}")
+    named = [v for v in variants if {v.slug, v.detail} & {*args.variants}]
+    scripts = {variant.script for variant in named}
+    recipes = [v for v in variants if v.detail == "full" and v.script in scripts]
+    return recipes + [variant for variant in named if variant not in recipes]
+
+
+def edit(variant: Variant) -> str:
+    """-> the source of its copy; refuses an edit whose lines are not in the script, or twice."""
+    script = variant.source or variant.script
+    source = (ROOT / script).read_text()
+    for old, new in variant.edits:
+        count = source.count(old)
+        if count != 1:
+            refuse(f"{variant.slug}: {script} has these lines {count} times, not once: {old}")
+        source = source.replace(old, new)
+    return source
+
+
+def write_copy(variant: Variant) -> None:
+    """Writes the script that is trained; one that is as it should be is not touched."""
+    source = edit(variant)
+    COPIES.mkdir(parents=True, exist_ok=True)
+    if not variant.copy.exists() or variant.copy.read_text() != source:
+        variant.copy.write_text(source)
+
+
+def make_jobs(variants: list[Variant], args: Args) -> list[tuple[Variant, Job]]:
+    """-> all runs, seed by seed."""
+    jobs = []
+    for seed in range(1, args.num_seeds + 1):
+        for variant in variants:
+            for env_id in args.env_ids:
+                command = [sys.executable, str(variant.copy), *variant.flags.split()]
+                command += ["--env-id", env_id, "--seed", str(seed)]
+                command += ["--total-timesteps", str(args.total_timesteps)]
+                jobs.append((variant, Job(command, args.threads)))
+    return jobs
+
+
+def find_result(job: Job) -> tuple[Path | None, str]:
+    """-> the run if it has come to an end, and a note if it was an early one."""
+    run_dir, finished = job.find_run()
+    if finished:
+        return run_dir, ""
+    if run_dir is None or not job.log.exists():
+        return None, ""
+    if "became NaN or infinite" in job.read_log(1):
+        return run_dir, "became NaN or infinite"
+    return None, ""
+
+
+def train(jobs: list[Job], workers: int) -> int:
+    """Trains what is unfinished -> the exit code."""
+    unfinished = [job for job in jobs if find_result(job)[0] is None]
+    print(f"{len(jobs)} runs, of which {len(jobs) - len(unfinished)} are finished", flush=True)
+
+    # A SIGTERM stops all as Ctrl-C does
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        failed = Queue(unfinished, workers).run()
+    except KeyboardInterrupt:
+        print("stopped; started again, it goes on", file=sys.stderr)
+        return 130
+    return 1 if failed > 0 else 0
+
+
+def collect(jobs: list[tuple[Variant, Job]], args: Args) -> pd.DataFrame:
+    """Adds finished runs to ablations.csv -> all its lines. What is in it is not read again."""
+    path = args.save / "ablations.csv"
+    tables = []
+    known = []
+    if path.exists():
+        tables.append(pd.read_csv(path, dtype={"detail": str}))
+        known = tables[0].run.tolist()
+
+    rows = []
+    for variant, job in tqdm(jobs, unit=" runs", disable=None):
+        run_dir, note = find_result(job)
+        if run_dir is None or run_dir.name in known:
+            continue
+        try:
+            run, curve = read_run(run_dir, args.machine, COPIES)
+        except NoRunError as error:
+            print(f"left out: {run_dir}: {error}", file=sys.stderr)
+            continue
+        returns = curve.mean_return.dropna()  # none until an episode has ended
+        row = {
+            "domain": args.domain,
+            "script": variant.script,
+            "env_id": run["env_id"],
+            "detail": variant.detail,
+            "variant": variant.name,
+            "seed": run["seed"],
+            "steps": run["steps"],
+            "total_timesteps": run["total_timesteps"],
+            "mean_return": run["mean_return"],
+            "auc": returns.mean(),
+            "first_return": returns.iloc[0] if len(returns) > 0 else np.nan,
+            "note": note,
+            "run": run["run"],
+            "command": run["command"].replace("python ", f"python {COPIES}/", 1),
+            "commit": run["commit"],
+            "machine": run["machine"],
+            "date": run["date"],
+        }
+        rows.append(row)
+
+    if rows:
+        tables.append(pd.DataFrame(rows))
+    if not tables:
+        refuse("nothing to report: no run is finished")
+
+    lines = pd.concat(tables).drop_duplicates(KEY, keep="last").sort_values(KEY, kind="stable")
+    args.save.mkdir(parents=True, exist_ok=True)
+    lines.to_csv(path, index=False, float_format="%.6g")
+    return lines
+
+
+def compute_iqm(scores: np.ndarray) -> np.ndarray:
+    """Interquartile mean over the last axis, which is that of seeds: [..., S] -> [...]."""
+    return stats.trim_mean(scores, 0.25, axis=-1)
+
+
+def draw_seeds(scores: np.ndarray, generator: np.random.Generator) -> np.ndarray:
+    """scores [S] -> as many of them, drawn with replacement, BOOTSTRAPS times [B, S]."""
+    return generator.choice(scores, (BOOTSTRAPS, len(scores)))
+
+
+def compute_change(full: pd.DataFrame, variant: pd.DataFrame) -> dict | None:
+    """Lines of the full recipe and of a variant -> the change, with its interval and its parts.
+
+    The interval is NaN if an environment has less than two seeds; None if one has not been trained.
+    """
+    generator = np.random.default_rng(0)
+    changes = {}
+    bootstraps = []
+    num_seeds = []
+    for env_id, rows in full.groupby("env_id"):
+        ours = rows.mean_return.to_numpy()
+        others = variant.mean_return[variant.env_id == env_id].to_numpy()
+        if len(others) == 0:
+            return None
+
+        gained = compute_iqm(ours) - rows.first_return.mean()
+        changes[env_id] = (compute_iqm(others) - compute_iqm(ours)) / gained
+        drawn_ours = draw_seeds(ours, generator)
+        drawn_others = draw_seeds(others, generator)
+        bootstraps.append((compute_iqm(drawn_others) - compute_iqm(drawn_ours)) / gained)
+        num_seeds += [len(ours), len(others)]
+
+    low, high = np.nan, np.nan
+    if min(num_seeds) > 1:
+        low, high = np.percentile(np.mean(bootstraps, axis=0), [2.5, 97.5])
+    return {"change": np.mean(list(changes.values())), "low": low, "high": high} | changes
+
+
+def compute_changes(lines: pd.DataFrame) -> pd.DataFrame:
+    """Lines of one domain -> a row for each variant: script, change, low, high, each environment.
+
+    The greatest change first. Says on stderr what it leaves out: environments on which a full
+    recipe has learned nothing, and variants that are not trained on all environments.
+    """
+    lines = lines.dropna(subset=["mean_return"])
+    rows = []
+    for script, of_script in lines.groupby("script"):
+        full = of_script[of_script.detail == "full"]
+        for env_id, runs in full.groupby("env_id"):
+            if compute_iqm(runs.mean_return.to_numpy()) <= runs.first_return.mean():
+                print(f"{script}: has learned nothing on {env_id}, left out", file=sys.stderr)
+                full = full[full.env_id != env_id]
+
+        others = of_script[of_script.detail != "full"]
+        for (detail, name), runs in others.groupby(["detail", "variant"]):
+            change = compute_change(full, runs) if len(full) > 0 else None
+            if change is None:
+                print(f"{script}, {detail} {name}: too few runs, left out", file=sys.stderr)
+                continue
+            rows.append({"script": script, "label": f"{detail}: {name}"} | change)
+    if not rows:
+        return pd.DataFrame(columns=NOT_ENV_IDS)
+    return pd.DataFrame(rows).sort_values("change", ascending=False, kind="stable")
+
+
+def plot(changes: pd.DataFrame, title: str, path: Path) -> None:
+    """Draws a line for each variant: the change and its interval, and that of each environment."""
+    size = (9, 1.6 + 0.28 * len(changes))
+    figure, axes = plt.subplots(figsize=size, layout="constrained")
+    heights = np.arange(len(changes))
+
+    # Each environment pale, and the mean over it
+    env_ids = [column for column in changes if column not in NOT_ENV_IDS]
+    for env_id, marker in zip(env_ids, "osD^v", strict=False):
+        axes.scatter(100 * changes[env_id], heights, 16, marker=marker, alpha=0.5, label=env_id)
+    axes.hlines(heights, 100 * changes.low, 100 * changes.high, color="black", linewidth=2)
+    axes.scatter(100 * changes.change, heights, 36, color="black", zorder=3, label="mean, 95 %")
+
+    labels = changes.label
+    if changes.script.nunique() > 1:
+        labels = labels + " (" + changes.script + ")"
+    axes.axvline(0, color="black", linewidth=1)
+    axes.set_yticks(heights, labels)
+    axes.grid(alpha=0.3)
+    axes.set_title(title, fontsize="medium")
+    axes.set_xlabel(
+        "change of the IQM, % of what the full recipe has gained; -100: learned nothing"
+    )
+    axes.legend(fontsize="small")
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def describe(lines: pd.DataFrame, args: Args) -> str:
+    """-> the figure's title."""
+    seeds = lines.groupby(["script", "detail", "variant", "env_id"]).size()
+    count = f"{seeds.min()} to {seeds.max()} seeds"
+    if seeds.min() == seeds.max():
+        count = "1 seed" if seeds.max() == 1 else f"{seeds.max()} seeds"
+    env_ids = ", ".join(lines.env_id.unique())
+    return f"{args.domain}: {env_ids}\n{args.total_timesteps:,} steps, {count}"
+
+
+def write_report(jobs: list[tuple[Variant, Job]], args: Args) -> None:
+    """Writes ablations.csv, and the figure of what these jobs are."""
+    lines = collect(jobs, args)
+    wanted = []
+    for variant, job in jobs:
+        wanted.append((variant.script, variant.detail, variant.name, job.args["env_id"]))
+    columns = ["script", "detail", "variant", "env_id"]
+    wanted = pd.DataFrame(wanted, columns=columns).drop_duplicates()
+
+    lines = lines[(lines.domain == args.domain) & (lines.total_timesteps == args.total_timesteps)]
+    lines = lines.merge(wanted, on=columns)
+    changes = compute_changes(lines)
+    if changes.empty:
+        print("no figure: no variant and its full recipe are finished", file=sys.stderr)
+        return
+    plot(changes, describe(lines, args), args.save / f"ablations_{args.domain}.png")
+
+
+def print_variants(variants: list[Variant]) -> None:
+    """Prints how each variant is made, and the details that have none."""
+    print("| variant | script | flags | edits |\n|---|---|---|---|")
+    for variant in variants:
+        script = variant.source or variant.script
+        print(f"| {variant.slug} | {script} | {variant.flags} | {len(variant.edits) or ''} |")
+    print()
+    for detail, reason in DEFINITIONS.items():
+        print(f"no variant of {detail}: {reason}")
+
+
+def main(args: Args) -> int:
+    """-> the exit code."""
+    variants = choose_variants(args)
+    if args.list:
+        print_variants(variants)
+        return 0
+
+    for variant in variants:
+        write_copy(variant)
+    jobs = make_jobs(variants, args)
+    exit_code = 0
+    if not args.report:
+        exit_code = train([job for _, job in jobs], args.workers)
+    if exit_code != 130:
+        write_report(jobs, args)
+    return exit_code
+
+
+if __name__ == "__main__":
+    sys.exit(main(tyro.cli(Args)))

@@ -1,0 +1,306 @@
+"""benchmark/ablations.py: each variant is what its script is without one detail, and is trained."""
+
+import functools
+import importlib
+import re
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import ablations
+import gymnasium as gym
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+import tyro
+from ablations import DOMAINS, Variant
+from conftest import ROOT, load, train_in
+from run import load_script
+
+VARIANTS = [variant for domain in DOMAINS.values() for variant in domain.variants]
+
+# Large steps, so that what is clipped goes beyond its range at once
+TINY = dict(
+    num_envs=2,
+    num_steps=64,
+    num_minibatches=2,
+    update_epochs=4,
+    learning_rate=0.03,
+    total_timesteps=1_000_000,
+    cuda=False,
+)
+
+# Where two iterations are enough to see a difference
+ENV_IDS = {
+    "ppo.py": "Toy-v0",
+    "ppo_continuous_action.py": "ToyBox-v0",
+    "ppo_multidiscrete_mask.py": "MicrortsMining-v1",
+    "ppo_atari.py": "BreakoutNoFrameskip-v4",
+    "ppo_atari_envpool.py": "BreakoutNoFrameskip-v4",
+    "ppo_atari_lstm.py": "BreakoutNoFrameskip-v4",
+}
+FAST = ("ppo.py", "ppo_continuous_action.py")
+
+
+class Toy(gym.Env):
+    """Noise to observe and as a reward, once out of all proportion; episodes of up to ten steps."""
+
+    observation_space = gym.spaces.Box(-np.inf, np.inf, (3,), np.float32)
+
+    def __init__(self, action_space: gym.Space):
+        self.action_space = action_space
+        self.num_steps = 0
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        return self.observe(), {}
+
+    def step(self, action):
+        self.num_steps += 1
+        reward = self.scale() * self.np_random.normal(5 * np.sum(action), 1)
+        return self.observe(), reward, self.np_random.random() < 0.05, False, {}
+
+    def observe(self):
+        return self.scale() * self.np_random.normal(size=3).astype(np.float32)
+
+    def scale(self) -> float:
+        return 1e4 if self.num_steps == 120 else 1.0
+
+
+gym.register("Toy-v0", functools.partial(Toy, gym.spaces.Discrete(2)), max_episode_steps=10)
+gym.register("ToyBox-v0", functools.partial(Toy, gym.spaces.Box(-1, 1, (2,))), max_episode_steps=10)
+
+
+def params(variants: list[Variant]) -> list:
+    """pytest's parameters of variants, those that need an emulator or Java marked as slow."""
+    found = []
+    for variant in variants:
+        marks = [] if variant.script in FAST else [pytest.mark.slow]
+        name = f"{Path(variant.script).stem}-{variant.slug}"
+        found.append(pytest.param(variant, id=name, marks=marks))
+    return found
+
+
+def train(script, flags: str, env_id: str, folder: Path) -> dict[str, torch.Tensor]:
+    """Two iterations -> the weights."""
+    tiny = script.Args(**TINY, env_id=env_id)
+    args = tyro.cli(script.Args, args=flags.split(), default=tiny)
+    args = replace(args, total_timesteps=2 * args.batch_size)
+    with pytest.MonkeyPatch.context() as patch:
+        if hasattr(script, "TASKS"):  # MicroRTS: games that come to their time limit
+            tasks = {name: task._replace(time_limit=20) for name, task in script.TASKS.items()}
+            patch.setattr(script, "TASKS", tasks)
+        return load(train_in(script, folder, **asdict(args)))["agent"]
+
+
+@pytest.fixture(scope="module")
+def originals(tmp_path_factory):
+    """originals(script, env_id) -> the weights of the script itself, trained once."""
+
+    @functools.cache
+    def train_original(script: str, env_id: str) -> dict[str, torch.Tensor]:
+        module = importlib.import_module(script.removesuffix(".py"))
+        return train(module, "", env_id, tmp_path_factory.mktemp("original") / "run")
+
+    return train_original
+
+
+def equal(weights: dict[str, torch.Tensor], others: dict[str, torch.Tensor]) -> bool:
+    """Whether two agents have the same weights, bit for bit."""
+    return weights.keys() == others.keys() and all(
+        torch.equal(weights[name], others[name]) for name in weights
+    )
+
+
+@pytest.mark.parametrize("variant", params(VARIANTS))
+def test_a_variant_trains_otherwise_than_its_script(variant, originals, tmp_path, monkeypatch):
+    """Fails when an edit or a flag changes nothing, or a copy of the full recipe something."""
+    env_id = ENV_IDS[variant.script]
+    if variant.name == "raw rewards":  # Breakout's first ones are 1
+        env_id = "SpaceInvadersNoFrameskip-v4"
+    monkeypatch.chdir(tmp_path)
+    ablations.write_copy(variant)
+    copy = load_script(str(variant.copy))
+    weights = train(copy, variant.flags, env_id, tmp_path / "variant")
+    is_recipe = variant.detail == "full"
+    assert equal(weights, originals(variant.script, env_id)) == is_recipe
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=lambda v: f"{Path(v.script).stem}-{v.slug}")
+def test_edited_lines_are_in_the_script_once(variant):
+    """Fails when a script says in other words, or twice, what a variant takes out of it."""
+    source = (ROOT / (variant.source or variant.script)).read_text()
+    for old, new in variant.edits:
+        assert source.count(old) == 1 and new != old, old
+    compile(ablations.edit(variant), variant.slug, "exec")
+
+
+def test_an_edit_that_does_not_fit_is_refused(capsys):
+    """Fails when a variant is trained as the full recipe, because its edit found nothing."""
+    for old, count in (("no such line", 0), ("import ", 20)):
+        with pytest.raises(SystemExit):
+            ablations.edit(Variant("ppo.py", "9", "nothing", "", [(old, "")]))
+        found = re.search(r"9-nothing: ppo.py has these lines (\d+) times", capsys.readouterr().err)
+        assert (int(found[1]) >= count) and (count > 0 or found[1] == "0")
+
+
+def test_every_detail_is_a_variant_or_a_definition():
+    """Fails when a detail is forgotten, or one that has a variant is said to have none."""
+    taken_out = {variant.detail for variant in VARIANTS} - {"full", "time limits", "28-31"}
+    assert not taken_out & ablations.DEFINITIONS.keys()
+    details = {*map(str, range(1, 38)), "A1", "A3", "A4"}
+    assert taken_out | ablations.DEFINITIONS.keys() == details
+    for domain in DOMAINS.values():
+        names = [variant.copy for variant in domain.variants]
+        assert len(set(names)) == len(names)
+
+
+def test_epsilon_as_in_tensorflow(tmp_path, monkeypatch):
+    """Fails when epsilon is not the one that makes PyTorch's Adam TensorFlow's, step by step."""
+    monkeypatch.chdir(tmp_path)
+    (variant,) = (v for v in DOMAINS["classic"].variants if v.slug == "3-epsilon-as-in-TensorFlow")
+    ablations.write_copy(variant)
+    script = load_script(str(variant.copy))
+    agent = script.Agent(gym.spaces.Box(-1, 1, (3,)), gym.spaces.Discrete(2))
+    optimizer = torch.optim.Adam(agent.parameters(), fused=True)
+    mb = {name: torch.randn(8) for name in ("logprobs", "values", "advantages", "returns")}
+    mb |= {"obs": torch.randn(8, 3), "actions": torch.ones(8, dtype=torch.int64)}
+    for k in range(5):
+        script.train_step(agent, optimizer, mb, script.Args())
+        wanted = 1e-5 / (1 - 0.999 ** (k + 1)) ** 0.5
+        assert optimizer.param_groups[0]["eps"] == pytest.approx(wanted)
+
+
+def test_the_queue_goes_seed_by_seed_and_the_full_recipe_is_first(tmp_path, monkeypatch):
+    """Fails when a queue that is cut off has some variants and not the others."""
+    monkeypatch.chdir(tmp_path)
+    args = ablations.Args(variants=["9", "5-lambda-1"], num_seeds=2, env_ids=["A-v0", "B-v0"])
+    variants = ablations.choose_variants(args)
+    assert [v.slug for v in variants] == ["full-recipe", "5-lambda-1", "9-no-value-clipping"]
+    for variant in variants:
+        ablations.write_copy(variant)
+    jobs = [job for _, job in ablations.make_jobs(variants, args)]
+    order = [(job.args["seed"], job.script, job.args["env_id"]) for job in jobs]
+    scripts = [str(variant.copy) for variant in variants]
+    assert order == [(s, f, e) for s in (1, 2) for f in scripts for e in ("A-v0", "B-v0")]
+    assert jobs[2].args["gae_lambda"] == 1 and not jobs[4].args["clip_vloss"]
+    assert len({job.name for job in jobs}) == len(jobs)
+
+    with pytest.raises(SystemExit):
+        ablations.choose_variants(ablations.Args(variants=["99"]))
+
+
+def test_trains_reports_and_trains_nothing_twice(tmp_path, monkeypatch, capsys):
+    """Fails when a run is missing or not told apart, is trained or counted twice, or lost."""
+    monkeypatch.chdir(tmp_path)
+    args = ablations.Args(
+        variants=["4", "A3"],
+        env_ids=["CartPole-v1"],
+        num_seeds=2,
+        total_timesteps=1024,
+        save=tmp_path / "out",
+    )
+    assert ablations.main(args) == 0
+    lines = pd.read_csv(tmp_path / "out" / "ablations.csv")
+    assert len(lines) == 6 and set(lines.detail) == {"full", "4", "A3"}
+    assert set(lines.seed) == {1, 2} and set(lines.steps) == {1024}
+    row = lines[(lines.detail == "4") & (lines.seed == 2)].iloc[0]
+    run = load(tmp_path / "runs" / row.run)
+    assert row.mean_return == pytest.approx(np.mean(run["recent_returns"]), rel=1e-4)
+    assert 8 <= row.first_return <= 200 and 8 <= row.auc <= 200
+    options = "--total-timesteps 1024 --no-anneal-lr"
+    assert row.command == f"python runs/ablations/ppo__4-constant-learning-rate.py {options}"
+    assert re.match(r"[0-9a-f]{40}$", row.commit) and "core" in row.machine
+
+    # Again: nothing to train; a line of another domain and one of a run that is gone stay
+    others = lines.iloc[:2].assign(domain=["mujoco", "classic"], seed=9, run=["a", "b"])
+    pd.concat([lines, others]).to_csv(tmp_path / "out" / "ablations.csv", index=False)
+    folders = sorted((tmp_path / "runs").iterdir())
+    capsys.readouterr()
+    assert ablations.main(args) == 0
+    assert "6 runs, of which 6 are finished" in capsys.readouterr().out
+    assert sorted((tmp_path / "runs").iterdir()) == folders
+    assert len(pd.read_csv(tmp_path / "out" / "ablations.csv")) == 8
+
+
+def test_a_run_that_became_nan_counts(tmp_path, monkeypatch):
+    """Fails when a variant that diverges is trained for ever, or only its lucky seeds count."""
+    monkeypatch.chdir(tmp_path)
+    (losses,) = re.findall(r" +losses = mean_losses\(stats\)\n", (ROOT / "ppo.py").read_text())
+    diverging = f'{losses}        losses["policy_loss"] = float("nan") if iteration == 2 else 0.0\n'
+    variant = Variant("ppo.py", "9", "diverging", "", [(losses, diverging)])
+    args = ablations.Args(env_ids=["CartPole-v1"], num_seeds=1, total_timesteps=4096, save=tmp_path)
+    ablations.write_copy(variant)
+    jobs = ablations.make_jobs([variant], args)
+    assert ablations.train([job for _, job in jobs], 1) == 1
+    (line,) = ablations.collect(jobs, args).itertuples()
+    assert (line.note, line.steps) == ("became NaN or infinite", 1024)
+    assert line.total_timesteps == 4096 and line.mean_return > 8
+    assert ablations.train([job for _, job in jobs], 1) == 0  # not again
+
+
+def make_lines(env_id: str, variant: str, returns: list[float], first: float) -> pd.DataFrame:
+    """Lines of ablations.csv."""
+    detail = "full" if variant == "recipe" else "9"
+    columns = dict(script="ppo.py", env_id=env_id, detail=detail, variant=variant)
+    return pd.DataFrame({"mean_return": returns, "first_return": first} | columns)
+
+
+def test_change_of_the_interquartile_mean(capsys):
+    """Fails when the change is not that of the IQM, in units of what the full recipe gained."""
+    lines = pd.concat(
+        [
+            make_lines("A", "recipe", [0, 20, 30, 90], 5),  # IQM 25, gained 20
+            make_lines("B", "recipe", [-80, -80, -80, -80], -500),  # gained 420
+            make_lines("A", "nothing learned", [5, 5, 5, 5], 7),
+            make_lines("B", "nothing learned", [-500, -500], -500),
+            make_lines("A", "better", [45], 5),
+            make_lines("B", "better", [-80, -80], -500),
+            make_lines("A", "only A", [45, 45], 5),
+            make_lines("C", "recipe", [1, 1], 2),
+            make_lines("C", "better", [7, 7], 2),
+        ]
+    )
+    changes = ablations.compute_changes(lines)
+    assert changes.label.tolist() == ["9: better", "9: nothing learned"]
+    assert changes.change.tolist() == pytest.approx([0.5, -1.0])
+    assert changes.A.tolist() == pytest.approx([1.0, -1.0])
+    assert changes.B.tolist() == pytest.approx([0.0, -1.0])
+    better, nothing = changes.to_dict("records")
+    assert np.isnan(better["low"]) and np.isnan(better["high"])  # one seed on A
+    assert nothing["low"] < -1.2 and nothing["high"] > -0.8  # the full recipe's seeds on A
+    output = capsys.readouterr().err
+    assert "ppo.py: has learned nothing on C, left out" in output
+    assert "ppo.py, 9 only A: too few runs, left out" in output
+
+
+def test_interval_has_its_coverage():
+    """Fails when the interval of a difference that is known holds it in other than 95 of 100."""
+    generator = np.random.default_rng(1)
+    held = 0
+    for _ in range(200):
+        full = make_lines("A", "recipe", generator.normal(100, 10, 20), 0)
+        variant = make_lines("A", "worse", generator.normal(80, 10, 20), 0)
+        change = ablations.compute_change(full, variant)
+        held += change["low"] <= -0.2 <= change["high"]
+    assert 175 <= held <= 198
+
+
+def test_figure(tmp_path, monkeypatch):
+    """Fails when a variant has no line in the figure, or the least is not at its top."""
+    changes = pd.DataFrame(
+        {
+            "script": "ppo.py",
+            "label": ["9: better", "8: worse"],
+            "change": [0.1, -0.9],
+            "low": [0.0, np.nan],
+            "high": [0.2, np.nan],
+            "A": [0.1, -0.9],
+        }
+    )
+    monkeypatch.setattr(ablations.plt, "close", lambda figure: None)
+    ablations.plot(changes, "a title", tmp_path / "figure.png")
+    assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
+    (axes,) = ablations.plt.gcf().axes
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["9: better", "8: worse"]
+    assert axes.get_title() == "a title"
