@@ -273,6 +273,10 @@ def make_atari() -> list[Variant]:
         ),
         ("self.critic(hidden).squeeze(-1)", "self.critic(self.critic_network(images)).squeeze(-1)"),
     ]
+    one_frame = [
+        ("stack_num=4", "stack_num=1"),
+        ("envpool.make_spec(args.env_id)", "envpool.make_spec(args.env_id, stack_num=1)"),
+    ]
     scale = "        images /= 255  # a copy, so that not the rollout itself is scaled\n"
 
     return [
@@ -282,7 +286,7 @@ def make_atari() -> list[Variant]:
         engine("17", "no FIRE", "", [("use_fire_reset=True", "use_fire_reset=False")]),
         wrappers("18", "nearest pixel", "", [("cv2.INTER_AREA", "cv2.INTER_NEAREST")]),
         engine("19", "raw rewards", "", [("reward_clip=True", "reward_clip=False")]),
-        engine("20", "one frame", "", [("stack_num=4", "stack_num=1")]),
+        engine("20", "one frame", "", one_frame),
         engine("21", "separate networks", "", separate),
         engine("22", "images not scaled", "", [(scale, "")]),
     ]
@@ -624,6 +628,7 @@ def plot(changes: pd.DataFrame, title: str, path: Path) -> None:
         labels = labels + " (" + changes.script + ")"
     axes.axvline(0, color="black", linewidth=1)
     axes.set_yticks(heights, labels)
+    axes.set_ylim(-0.6, len(changes) - 0.4)
     axes.grid(alpha=0.3)
     axes.set_title(title, fontsize="medium")
     axes.set_xlabel(

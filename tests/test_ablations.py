@@ -137,11 +137,10 @@ def test_edited_lines_are_in_the_script_once(variant):
 
 def test_an_edit_that_does_not_fit_is_refused(capsys):
     """Fails when a variant is trained as the full recipe, because its edit found nothing."""
-    for old, count in (("no such line", 0), ("import ", 20)):
+    for old, count in (("no such line", 0), ("import torch", 2)):
         with pytest.raises(SystemExit):
             ablations.edit(Variant("ppo.py", "9", "nothing", "", [(old, "")]))
-        found = re.search(r"9-nothing: ppo.py has these lines (\d+) times", capsys.readouterr().err)
-        assert (int(found[1]) >= count) and (count > 0 or found[1] == "0")
+        assert f"9-nothing: ppo.py has these lines {count} times" in capsys.readouterr().err
 
 
 def test_every_detail_is_a_variant_or_a_definition():
