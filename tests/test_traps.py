@@ -214,3 +214,31 @@ def test_main_gives_back_what_it_set_for_the_process(script, tmp_path, monkeypat
         signal.signal(signal.SIGINT, old_sigint)
         signal.signal(signal.SIGTERM, old_sigterm)
         torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("wanted", [None, "2"])
+@pytest.mark.parametrize(
+    "name", ["ppo", "ppo_continuous_action", "ppo_multidiscrete", "ppo_multidiscrete_mask"]
+)
+def test_small_layers_are_computed_on_one_thread(name, wanted, tmp_path, monkeypatch):
+    """Fails without use_one_thread, or when it overrules OMP_NUM_THREADS."""
+    script = MODULES[name]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if wanted is not None:
+        monkeypatch.setenv("OMP_NUM_THREADS", wanted)
+    seen = set()
+    train_step = script.train_step
+
+    def spy(*inputs):
+        seen.add(torch.get_num_threads())
+        return train_step(*inputs)
+
+    monkeypatch.setattr(script, "train_step", spy)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        script.main(script.Args(**SIZES, cuda=False))
+    finally:
+        torch.set_num_threads(threads)
+    assert seen == {int(wanted or 1)}
