@@ -2,10 +2,11 @@
 
     python benchmark/prices.py --commit b347619 --save benchmark/results/prices.json
 
-Each copy is the script with one named edit; with --commit, the script as it was then is a contestant
-too. All train on their default environment and take turns, each in a process of its own, because
-shared machines change their speed from minute to minute: only the ratio of medians means something.
-The first iteration is left out. CONTRIBUTING.md's price rule: at least 5 % of a whole training.
+Each copy is the script with one named edit; with --commit, the script as it was then is a
+contestant too. All train on their default environment and take turns, each in a process of its
+own, because shared machines change their speed from minute to minute: only the ratio of medians
+means something. The first iteration is left out. CONTRIBUTING.md's price rule: at least 5 % of a
+whole training.
 """
 
 import datetime

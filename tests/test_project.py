@@ -140,9 +140,6 @@ def test_readme_figures_come_from_the_results():
         for name, ratio in speed["ratio"].items():
             median = statistics.median(speed["steps_per_second"][name])
             assert f"| {speed['env_id']} | {name} | {median:.0f} | {ratio} |" in readme
-    for path in results.glob("busy_speed_*.json"):
-        for name, ratio in json.loads(path.read_text())["ratio"].items():
-            assert ratio == 1 or re.search(rf"\b{ratio} for\s`{re.escape(name)}`", readme), name
     for part, ratio in json.loads((results / "lstm_segments.json").read_text())["ratio"].items():
         assert re.search(
             rf"{ratio} times (as fast )?for the {part.replace('agent', 'gradient')}", readme
@@ -169,3 +166,45 @@ def test_speed_measures_all_contestants(tmp_path):
     measured = record["steps_per_second"]
     assert list(measured) == ["stable-baselines3", "ppo.py", "ppo.py --compile"]
     assert all(speed > 100 for (speed,) in measured.values())
+
+
+def test_prices_in_comments_are_those_measured():
+    """Fails when a comment in a script has another price than benchmark/results/prices.json."""
+    ratio = json.loads((ROOT / "benchmark" / "results" / "prices.json").read_text())["ratio"]
+    wanted = [
+        ("ppo", "torch.distributions.Categorical", "makes a training of CartPole {} % slower"),
+        (
+            "ppo_continuous_action",
+            "torch.distributions.Normal",
+            "makes a training of HalfCheetah {} % slower",
+        ),
+        (
+            "ppo_continuous_action",
+            "np.mean and np.var",
+            "make a training of HalfCheetah {} % slower",
+        ),
+        (
+            "ppo_multidiscrete",
+            "torch.distributions.Categorical",
+            "make a training of MicroRTS {} % slower",
+        ),
+        (
+            "ppo_atari",
+            "without keep_freed_memory",
+            "without it, a training of Breakout is {} % slower",
+        ),
+    ]
+    for script, name, words in wanted:
+        price = round(100 * (1 - ratio[script][name]))
+        assert price >= 5, name
+        assert words.format(price) in (ROOT / f"{script}.py").read_text(), name
+
+
+def test_prices_edits_fit_the_scripts():
+    """Fails when a script changed, so that benchmark/prices.py cannot make its copies."""
+    import prices
+
+    for script, edits in prices.EDITS.items():
+        source = (ROOT / f"{script}.py").read_text()
+        for name, (old, _) in edits.items():
+            assert source.count(old) == 1, (script, name)
