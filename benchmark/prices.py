@@ -30,6 +30,11 @@ EDITS = {
             "return Categorical(self.actor(obs))",
             "return torch.distributions.Categorical(logits=self.actor(obs), validate_args=False)",
         ),
+        "two threads": ("torch.set_num_threads(1)", "torch.set_num_threads(2)"),
+        "fills new tensors with NaN": (
+            "fill_uninitialized_memory = False",
+            "fill_uninitialized_memory = True",
+        ),
     },
     "ppo_continuous_action": {
         "torch.distributions.Normal": (
@@ -49,6 +54,8 @@ EDITS = {
             "[Categorical(component) for",
             "[torch.distributions.Categorical(logits=component, validate_args=False) for",
         ),
+        "two threads": ("torch.set_num_threads(1)", "torch.set_num_threads(2)"),
+        "without gc.freeze": ("    gc.freeze()\n", ""),
     },
     "ppo_atari": {
         "without keep_freed_memory": ("    keep_freed_memory()\n", ""),

@@ -4,12 +4,15 @@ The scripts are imported from, and run in, the repository's root or a temporary 
 """
 
 import contextlib
+import functools
+import importlib
 import os
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -20,6 +23,13 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmark")]
 
 os.environ.setdefault("WANDB_MODE", "disabled")
 torch.set_num_threads(1)
+
+
+@functools.cache
+def import_scripts() -> dict[str, ModuleType]:
+    """{name: module} of all eight; ppo_procgen before all, because it finds EnvPool a Qt 5."""
+    names = ["ppo_procgen", *sorted(path.stem for path in ROOT.glob("ppo*.py"))]
+    return {name: importlib.import_module(name) for name in names}
 
 
 def start(

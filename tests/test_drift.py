@@ -128,6 +128,23 @@ def test_what_keeps_a_run_is_in_every_script():
     assert not wanted & OTHER_WORDS.keys()
 
 
+def test_copy_function_copies_to_those_that_share_it(tmp_path, monkeypatch):
+    """Fails when a script is left out, or when one that has other words for a reason is changed."""
+    monkeypatch.syspath_prepend(str(ROOT / "tools"))
+    import copy_function
+
+    for script in SCRIPTS:
+        (tmp_path / script).write_text((ROOT / script).read_text())
+    ppo = tmp_path / "ppo.py"
+    ppo.write_text(ppo.read_text().replace("    # Detail 7", "    # A change\n    # Detail 7"))
+    monkeypatch.setattr(copy_function, "ROOT", tmp_path)
+    monkeypatch.setattr("test_drift.ROOT", tmp_path)
+    copy_function.main(copy_function.Args(names=["ppo_loss"]))
+
+    changed = [name for name in SCRIPTS if "# A change" in (tmp_path / name).read_text()]
+    assert changed == [name for name in SCRIPTS if name not in OTHER_WORDS["ppo_loss"]]
+
+
 def test_readme_shows_how_to_read_differences():
     """Fails when README.md does not name `diff A B` for every pair."""
     readme = (ROOT / "README.md").read_text()

@@ -1,7 +1,6 @@
 """What goes wrong ends in one clear line, and nothing that was there is lost."""
 
 import copy
-import importlib
 import itertools
 import random
 import resource
@@ -14,20 +13,10 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from conftest import load, run, run_dir_of, start, wait_until
+from conftest import import_scripts, load, run, run_dir_of, start, wait_until
 
-# ppo_procgen before all, because it finds EnvPool a Qt 5
-SCRIPTS = [
-    "ppo_procgen",
-    "ppo",
-    "ppo_continuous_action",
-    "ppo_atari",
-    "ppo_atari_lstm",
-    "ppo_atari_envpool",
-    "ppo_multidiscrete",
-    "ppo_multidiscrete_mask",
-]
-MODULES = {name: importlib.import_module(name) for name in SCRIPTS}
+MODULES = import_scripts()
+SCRIPTS = list(MODULES)
 SMALL = dict(num_envs=2, num_steps=16, num_minibatches=1, update_epochs=1, total_timesteps=64)
 SMALL_WORDS = ["--num-envs", 2, "--num-steps", 16, "--num-minibatches", 1, "--update-epochs", 1]
 
@@ -36,8 +25,7 @@ def wrong_checkpoints(checkpoint: dict) -> dict[str, dict]:
     """{what is wrong with it: a checkpoint that loads, and that nobody can go on with}."""
     wrong = {}
     for key in checkpoint:
-        if key != "cuda_random":
-            wrong[f"without {key}"] = {k: v for k, v in checkpoint.items() if k != key}
+        wrong[f"without {key}"] = {k: v for k, v in checkpoint.items() if k != key}
     for value in (-1, "2", 1.5, None):
         wrong[f"iteration {value!r}"] = checkpoint | {"iteration": value}
     wrong["of an older format"] = checkpoint | {"format": 1}

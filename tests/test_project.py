@@ -200,6 +200,38 @@ def test_prices_in_comments_are_those_measured():
         assert words.format(price) in (ROOT / f"{script}.py").read_text(), name
 
 
+def test_settings_in_comments_are_those_measured():
+    """Fails when a comment on a setting has another figure than its measurement."""
+    results = ROOT / "benchmark" / "results"
+    ratio = json.loads((results / "prices_settings.json").read_text())["ratio"]
+    cartpole = round(100 * (1 - ratio["ppo"]["two threads"]))
+    microrts = round(100 * (1 - ratio["ppo_multidiscrete"]["two threads"]))
+    words = f"two make a training of CartPole {cartpole} % slower, of MicroRTS {microrts} %."
+    assert words in (ROOT / "ppo.py").read_text()
+    frozen = round(100 * (1 - ratio["ppo_multidiscrete"]["without gc.freeze"]))
+    script = (ROOT / "ppo_multidiscrete.py").read_text()
+    assert f"a training of MicroRTS is {frozen} % slower" in script
+    segments = json.loads((results / "lstm_segments.json").read_text())["ratio"]["LSTM"]
+    assert f"it takes {segments:.1f} times as long" in (ROOT / "ppo_atari_lstm.py").read_text()
+
+
+def test_readme_tells_what_plain_code_costs():
+    """Fails when README.md has another ratio than benchmark/results/prices.json."""
+    ratio = json.loads((ROOT / "benchmark" / "results" / "prices.json").read_text())["ratio"]
+    names = {
+        "ppo": "CartPole",
+        "ppo_continuous_action": "HalfCheetah",
+        "ppo_multidiscrete": "MicroRTS",
+        "ppo_atari": "Breakout",
+    }
+    readme = (ROOT / "README.md").read_text()
+    for script, name in names.items():
+        of = ratio[script]
+        eager = of["as it is"] / of["b347619"]
+        compiled = of["as it is, --compile"] / of["b347619, --compile"]
+        assert f"| {name} | {eager:.2f} | {compiled:.2f} |" in readme
+
+
 def test_prices_edits_fit_the_scripts():
     """Fails when a script changed, so that benchmark/prices.py cannot make its copies."""
     import prices

@@ -69,7 +69,10 @@ def test_every_command_names_what_there_is():
         for extra in re.findall(r"\.\[([\w,]+)\]", line):
             for name in extra.split(","):
                 assert f"\n{name} = [" in extras, line
-        words = shlex.split(line)
-        for word in words:
+        source = None
+        for word in shlex.split(line):
             if re.fullmatch(r"[\w/]+\.py", word):
-                assert (ROOT / word).is_file(), line
+                source = (ROOT / word).read_text()
+            if source is not None and word.startswith("--") and word != "--help":
+                option = word.removeprefix("--").partition("=")[0].replace("-", "_")
+                assert f"    {option}: " in source, line

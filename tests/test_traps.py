@@ -1,7 +1,6 @@
 """Whoever copies a script and changes one thing gets what the change says, in all eight scripts."""
 
 import copy
-import importlib
 import signal
 import sys
 import types
@@ -11,20 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import import_scripts
 from torch import nn
 
-# ppo_procgen before all, because it finds EnvPool a Qt 5
-SCRIPTS = [
-    "ppo_procgen",
-    "ppo",
-    "ppo_continuous_action",
-    "ppo_atari",
-    "ppo_atari_lstm",
-    "ppo_atari_envpool",
-    "ppo_multidiscrete",
-    "ppo_multidiscrete_mask",
-]
-MODULES = {name: importlib.import_module(name) for name in SCRIPTS}
+MODULES = import_scripts()
+SCRIPTS = list(MODULES)
 SIZES = dict(num_envs=2, num_steps=16, num_minibatches=1, update_epochs=1, total_timesteps=32)
 
 

@@ -1,30 +1,19 @@
 """What a gradient step does to the weights: in every script, what PyTorch's plain Adam does."""
 
 import copy
-import importlib
 
 import pytest
 import torch
+from conftest import import_scripts
 from torch import nn
 
-# ppo_procgen before all, because it finds EnvPool a Qt 5
-SCRIPTS = [
-    "ppo_procgen",
-    "ppo",
-    "ppo_continuous_action",
-    "ppo_atari",
-    "ppo_atari_lstm",
-    "ppo_atari_envpool",
-    "ppo_multidiscrete",
-    "ppo_multidiscrete_mask",
-]
-MODULES = [importlib.import_module(name) for name in SCRIPTS]
+SCRIPTS = import_scripts()
 
 
 @pytest.mark.parametrize(
     "compile", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["eager", "compiled"]
 )
-@pytest.mark.parametrize("script", MODULES, ids=SCRIPTS)
+@pytest.mark.parametrize("script", SCRIPTS.values(), ids=SCRIPTS.keys())
 def test_three_steps_are_those_of_plain_adam(script, compile, monkeypatch, tmp_path):
     """Fails when gradients lie in memory otherwise than their weights.
 
