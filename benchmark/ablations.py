@@ -21,7 +21,7 @@ IQM, so that -100 % is to have learned nothing; returns themselves are no unit w
 negative. The change is a mean over environments; its 95 % interval comes from a bootstrap that
 draws seeds anew in each environment, with the unit held fixed.
 
-Shapes: S = seeds, B = BOOTSTRAPS.
+Shapes: S = seeds.
 """
 
 import functools
@@ -545,14 +545,9 @@ def collect(jobs: list[tuple[Variant, Job]], args: Args) -> pd.DataFrame:
     return lines
 
 
-def compute_iqm(scores: np.ndarray) -> np.ndarray:
-    """Interquartile mean over the last axis, which is that of seeds: [..., S] -> [...]."""
-    return stats.trim_mean(scores, 0.25, axis=-1)
-
-
-def draw_seeds(scores: np.ndarray, generator: np.random.Generator) -> np.ndarray:
-    """scores [S] -> as many of them, drawn with replacement, BOOTSTRAPS times [B, S]."""
-    return generator.choice(scores, (BOOTSTRAPS, len(scores)))
+def compute_iqm(scores: np.ndarray, axis: int = -1) -> np.ndarray:
+    """Interquartile mean over the axis of seeds."""
+    return stats.trim_mean(scores, 0.25, axis=axis)
 
 
 def compute_change(full: pd.DataFrame, variant: pd.DataFrame) -> dict | None:
@@ -560,26 +555,35 @@ def compute_change(full: pd.DataFrame, variant: pd.DataFrame) -> dict | None:
 
     The interval is NaN if an environment has less than two seeds; None if one has not been trained.
     """
-    generator = np.random.default_rng(0)
     changes = {}
-    bootstraps = []
-    num_seeds = []
+    samples = []  # for each environment, returns of the full recipe [S] and of the variant [S]
+    gains = []
     for env_id, rows in full.groupby("env_id"):
         ours = rows.mean_return.to_numpy()
         others = variant.mean_return[variant.env_id == env_id].to_numpy()
         if len(others) == 0:
             return None
+        gain = compute_iqm(ours) - rows.first_return.mean()
+        changes[env_id] = (compute_iqm(others) - compute_iqm(ours)) / gain
+        samples += [ours, others]
+        gains.append(gain)
 
-        gained = compute_iqm(ours) - rows.first_return.mean()
-        changes[env_id] = (compute_iqm(others) - compute_iqm(ours)) / gained
-        drawn_ours = draw_seeds(ours, generator)
-        drawn_others = draw_seeds(others, generator)
-        bootstraps.append((compute_iqm(drawn_others) - compute_iqm(drawn_ours)) / gained)
-        num_seeds += [len(ours), len(others)]
+    def compute_mean_change(*samples: np.ndarray, axis: int) -> np.ndarray:
+        parts = []
+        for ours, others, gain in zip(samples[::2], samples[1::2], gains, strict=True):
+            parts.append((compute_iqm(others, axis) - compute_iqm(ours, axis)) / gain)
+        return np.mean(parts, axis=0)
 
     low, high = np.nan, np.nan
-    if min(num_seeds) > 1:
-        low, high = np.percentile(np.mean(bootstraps, axis=0), [2.5, 97.5])
+    if min(map(len, samples)) > 1:
+        result = stats.bootstrap(
+            samples,
+            compute_mean_change,
+            n_resamples=BOOTSTRAPS,
+            method="percentile",
+            rng=0,
+        )
+        low, high = result.confidence_interval
     return {"change": np.mean(list(changes.values())), "low": low, "high": high} | changes
 
 
