@@ -8,7 +8,8 @@
 A variant is a copy of a script, runs/ablations/SCRIPT__VARIANT.py, in which some lines are edited
 or which gets other flags. Its runs are trained, stopped and gone on with as those of run.py. The
 queue goes seed by seed over all variants, the full recipe first: one that is cut off has all
-variants, with fewer seeds.
+variants, with fewer seeds. A run that has its line in ablations.csv is not trained again, be its
+folder at hand or not.
 
 Writes into --save: ablations.csv, a line for each finished run, and ablations_DOMAIN.png. A run
 that ended early because its weights became NaN or infinite counts with its last return; the column
@@ -478,15 +479,38 @@ def find_result(job: Job) -> tuple[Path | None, str]:
     return None, ""
 
 
-def train(jobs: list[Job], workers: int) -> int:
-    """Trains what is unfinished -> the exit code."""
-    unfinished = [job for job in jobs if find_result(job)[0] is None]
+def read_lines(args: Args) -> pd.DataFrame | None:
+    """-> the lines of ablations.csv, None if there is no such file."""
+    path = args.save / "ablations.csv"
+    return pd.read_csv(path, dtype={"detail": str}) if path.exists() else None
+
+
+def leave_out_reported(jobs: list[tuple[Variant, Job]], args: Args) -> list[tuple[Variant, Job]]:
+    """-> the jobs of which ablations.csv has no line, be their runs on this machine or not."""
+    lines = read_lines(args)
+    if lines is None:
+        return jobs
+    columns = ["script", "detail", "variant", "env_id", "seed", "total_timesteps"]
+    reported = set(lines[columns].itertuples(index=False, name=None))
+
+    rest = []
+    for variant, job in jobs:
+        run = (job.args["env_id"], job.args["seed"], job.args["total_timesteps"])
+        if (variant.script, variant.detail, variant.name, *run) not in reported:
+            rest.append((variant, job))
+    return rest
+
+
+def train(jobs: list[tuple[Variant, Job]], args: Args) -> int:
+    """Trains what is neither finished nor in ablations.csv -> the exit code."""
+    unreported = leave_out_reported(jobs, args)
+    unfinished = [job for _, job in unreported if find_result(job)[0] is None]
     print(f"{len(jobs)} runs, of which {len(jobs) - len(unfinished)} are finished", flush=True)
 
     # A SIGTERM stops all as Ctrl-C does
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        failed = Queue(unfinished, workers).run()
+        failed = Queue(unfinished, args.workers).run()
     except KeyboardInterrupt:
         print("stopped; started again, it goes on", file=sys.stderr)
         return 130
@@ -495,12 +519,9 @@ def train(jobs: list[Job], workers: int) -> int:
 
 def collect(jobs: list[tuple[Variant, Job]], args: Args) -> pd.DataFrame:
     """Adds finished runs to ablations.csv -> all its lines. What is in it is not read again."""
-    path = args.save / "ablations.csv"
-    tables = []
-    known = []
-    if path.exists():
-        tables.append(pd.read_csv(path, dtype={"detail": str}))
-        known = tables[0].run.tolist()
+    reported = read_lines(args)
+    tables = [] if reported is None else [reported]
+    known = [] if reported is None else reported.run.tolist()
 
     rows = []
     for variant, job in tqdm(jobs, unit=" runs", disable=None):
@@ -541,7 +562,7 @@ def collect(jobs: list[tuple[Variant, Job]], args: Args) -> pd.DataFrame:
 
     lines = pd.concat(tables).drop_duplicates(KEY, keep="last").sort_values(KEY, kind="stable")
     args.save.mkdir(parents=True, exist_ok=True)
-    lines.to_csv(path, index=False, float_format="%.6g")
+    lines.to_csv(args.save / "ablations.csv", index=False, float_format="%.6g")
     return lines
 
 
@@ -694,7 +715,7 @@ def main(args: Args) -> int:
     jobs = make_jobs(variants, args)
     exit_code = 0
     if not args.report:
-        exit_code = train([job for _, job in jobs], args.workers)
+        exit_code = train(jobs, args)
     if exit_code != 130:
         write_report(jobs, args)
     return exit_code

@@ -3,6 +3,7 @@
 import functools
 import importlib
 import re
+import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -221,6 +222,18 @@ def test_trains_reports_and_trains_nothing_twice(tmp_path, monkeypatch, capsys):
     assert sorted((tmp_path / "runs").iterdir()) == folders
     assert len(pd.read_csv(tmp_path / "out" / "ablations.csv")) == 8
 
+    # On another machine: what has a line is not trained again
+    for folder in folders:
+        if "__" in folder.name:
+            shutil.rmtree(folder)
+    lines = pd.read_csv(tmp_path / "out" / "ablations.csv")
+    lines[lines.run != row.run].to_csv(tmp_path / "out" / "ablations.csv", index=False)
+    assert ablations.main(args) == 0
+    assert "6 runs, of which 5 are finished" in capsys.readouterr().out
+    new = [path for path in (tmp_path / "runs").iterdir() if "__ppo__4" in path.name]
+    assert len(new) == 1
+    assert len(pd.read_csv(tmp_path / "out" / "ablations.csv")) == 8
+
 
 def test_a_run_that_became_nan_counts(tmp_path, monkeypatch):
     """Fails when a variant that diverges is trained for ever, or only its lucky seeds count."""
@@ -231,11 +244,11 @@ def test_a_run_that_became_nan_counts(tmp_path, monkeypatch):
     args = ablations.Args(env_ids=["CartPole-v1"], num_seeds=1, total_timesteps=4096, save=tmp_path)
     ablations.write_copy(variant)
     jobs = ablations.make_jobs([variant], args)
-    assert ablations.train([job for _, job in jobs], 1) == 1
+    assert ablations.train(jobs, args) == 1
     (line,) = ablations.collect(jobs, args).itertuples()
     assert (line.note, line.steps) == ("became NaN or infinite", 1024)
     assert line.total_timesteps == 4096 and line.mean_return > 8
-    assert ablations.train([job for _, job in jobs], 1) == 0  # not again
+    assert ablations.train(jobs, args) == 0  # not again
 
 
 def make_lines(env_id: str, variant: str, returns: list[float], first: float) -> pd.DataFrame:
