@@ -32,29 +32,34 @@ import argparse
 import contextlib
 import ctypes
 import dataclasses
+import errno
 import fcntl
 import functools
 import io
 import os
 import random
 import shlex
+import shutil
 import signal
 import sys
 import time
 import zipfile
+import zlib
 from collections import deque
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Annotated, Literal, NoReturn
+from typing import Annotated, Literal, NoReturn, TextIO
 
 import gymnasium as gym
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 import tyro
 from gymnasium.utils.save_video import capped_cubic_video_schedule, save_video
 from torch import nn
 from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard.summary import hparams
 from tqdm import tqdm
 
 try:
@@ -76,8 +81,20 @@ except (ImportError, OSError) as missing:
 
 def refuse(problem: str) -> NoReturn:
     """Ends the program over something its user can mend: one line on stderr, exit code 2."""
-    print(f"{Path(__file__).name}: {' '.join(problem.split())}", file=sys.stderr)
+    if os.environ.get("RANK", "0") == "0":  # one of several processes speaks
+        say(f"{Path(__file__).name}: {' '.join(problem.split())}", sys.stderr)
     raise SystemExit(2)
+
+
+def say(line: str, stream: TextIO | None) -> None:
+    """Prints a line, or goes on without it: nobody may read the pipe, a disk may be full."""
+    if stream is None:
+        return
+    try:
+        print(line, file=stream, flush=True)
+    except OSError:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, stream.fileno())  # or Python would fail over it at its end
 
 
 # What a resumed run cannot change: its weights and its steps rest on these.
@@ -313,6 +330,7 @@ class RunningMeanStd:
         self.mean = np.zeros(shape)
         self.var = np.ones(shape)
         self.count = 1e-4
+        self.merged = self.state_dict()
 
     def update(self, rows: np.ndarray) -> None:
         """Counts in more rows [N, *shape], by the formula of Chan et al. (1979).
@@ -330,6 +348,29 @@ class RunningMeanStd:
         self.var = squares / total
         self.count = total
 
+    def merge(self) -> None:
+        """Counts in what other processes have counted since the last time (Chan et al. again)."""
+        states = gather(self.state_dict())
+        if len(states) > 1:
+            old_mean = np.array(self.merged["mean"])
+            old_count = self.merged["count"]
+
+            # Sums over all rows, of deviations from the old mean: those of each process hold the
+            # old rows, which are to be counted once
+            self.count = old_count
+            total = np.zeros_like(old_mean)
+            squares = np.array(self.merged["var"]) * old_count
+            for state in states:
+                deviation = np.array(state["mean"]) - old_mean
+                self.count += state["count"] - old_count
+                total += deviation * state["count"]
+                squares += (state["var"] + np.square(deviation)) * state["count"]
+                squares -= np.array(self.merged["var"]) * old_count
+
+            self.mean = old_mean + total / self.count
+            self.var = squares / self.count - np.square(total / self.count)
+            self.merged = self.state_dict()
+
     def state_dict(self) -> dict:
         return {"mean": self.mean.tolist(), "var": self.var.tolist(), "count": self.count}
 
@@ -337,6 +378,7 @@ class RunningMeanStd:
         self.mean = np.array(state["mean"])
         self.var = np.array(state["var"])
         self.count = state["count"]
+        self.merged = state
 
 
 class ScaleRewards(gym.vector.VectorWrapper):
@@ -369,6 +411,9 @@ class ScaleRewards(gym.vector.VectorWrapper):
         # Detail 31: reward clipping
         rewards = rewards.clip(-10, 10)
         return obs, rewards, terminated, truncated, infos
+
+    def merge_statistics(self) -> None:
+        self.return_statistics.merge()
 
     def state_dict(self) -> dict:
         return {"return": self.return_statistics.state_dict()}
@@ -525,7 +570,7 @@ def ppo_loss(
     # Detail 7: advantage normalisation
     advantages = mb["advantages"]
     if args.norm_adv:
-        std, mean = torch.std_mean(advantages, correction=0)
+        std, mean = std_mean(advantages)
         advantages = (advantages - mean) / (std + 1e-8)
 
     # Detail 8: clipped surrogate objective
@@ -567,6 +612,9 @@ def clipped_gradient(
     loss, stats = ppo_loss(agent, mb, args)
     loss.backward()
 
+    # Detail A2: parallel gradient update
+    average_over_processes(agent, stats, len(mb["advantages"]))
+
     # Detail 11: global gradient clipping
     stats["grad_norm"] = nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
     return stats
@@ -576,7 +624,7 @@ def clipped_gradient(
 def compiled_gradient():
     """clipped_gradient as one graph of compiled kernels."""
     torch._dynamo.config.trace_autograd_ops = True  # lets loss.backward() into the graph
-    return torch.compile(clipped_gradient, fullgraph=True)
+    return torch.compile(clipped_gradient, fullgraph=not dist.is_initialized())
 
 
 def train_step(
@@ -592,12 +640,125 @@ def train_step(
     return stats
 
 
+# Several processes, started by torchrun. In a single one, nothing of this does anything.
+
+
+@contextlib.contextmanager
+def join_processes(args: Args):
+    """Joins the processes that torchrun has started; refuses what cannot be divided among them.
+
+    Sizes are global: each of W processes has N / W of the same N environments, and its share of
+    each minibatch.
+    """
+    if not dist.is_torchelastic_launched():
+        yield
+        return
+
+    cuda = args.cuda and torch.cuda.is_available()
+    if cuda:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("nccl" if cuda else "gloo")
+    try:
+        num_processes = dist.get_world_size()
+        if args.num_envs % num_processes != 0:
+            what = "must be a multiple of the number of processes"
+            refuse(f"--num-envs {args.num_envs}: {what}, {num_processes}")
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def divide(args: Args) -> Args:
+    """-> the sizes of one process: N / W environments, and its share of a minibatch."""
+    num_processes = len(gather(None))
+    return replace(
+        args,
+        num_envs=args.num_envs // num_processes,
+        total_timesteps=args.total_timesteps // num_processes,
+    )
+
+
+def get_rank() -> int:
+    """-> number of this process, from 0 on. Process 0 writes the run's files."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def gather(value) -> list:
+    """-> this value of every process, in their order."""
+    if not dist.is_initialized():
+        return [value]
+    values = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def std_mean(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """-> population standard deviation [] and mean [] of the x of all processes."""
+    if not dist.is_initialized():
+        return torch.std_mean(x, correction=0)
+    x = x.double()
+    moments = torch.stack([torch.ones_like(x).sum(), x.sum(), x.square().sum()])
+    dist.all_reduce(moments)
+    count, total, squares = moments
+    mean = total / count
+    variance = squares / count - mean.square()
+    return variance.clamp(min=0).sqrt().float(), mean.float()
+
+
+def average_over_processes(agent: Agent, stats: dict[str, torch.Tensor], num_samples: int) -> None:
+    """Makes gradient and statistics those of the minibatch of all processes.
+
+    One sum over processes, in which each counts by its num_samples, before clipping as in
+    baselines/common/mpi_adam_optimizer.py.
+    """
+    if not dist.is_initialized():
+        return
+    with torch.no_grad():
+        averaged = [p.grad for p in agent.parameters() if p.grad is not None]
+        averaged.extend(stats.values())
+        flat = [x.flatten() for x in averaged]
+        flat.append(torch.ones_like(flat[0][:1]))  # counts the samples
+        flat = torch.cat(flat) * num_samples
+        dist.all_reduce(flat)
+
+        flat = flat[:-1] / flat[-1]
+        for x, average in zip(averaged, flat.split([x.numel() for x in averaged]), strict=True):
+            x.copy_(average.view_as(x))
+
+
+def broadcast_weights(agent: Agent) -> None:
+    """Gives every process the weights of process 0."""
+    if dist.is_initialized():
+        for weights in agent.state_dict().values():
+            dist.broadcast(weights, 0)
+
+
+def check_weights_are_equal(agent: Agent) -> None:
+    """Ends the program, exit code 1, if the processes have drifted apart."""
+    weights = nn.utils.parameters_to_vector(agent.parameters())
+    checksums = gather(zlib.crc32(weights.detach().cpu().numpy()))
+    if len(set(checksums)) > 1:
+        sys.exit("the processes have come to different weights")
+
+
+def seed_process(seed: int, first_iteration: int) -> None:
+    """Gives each process random numbers of its own; process 0 keeps those of a single one."""
+    if get_rank() > 0:
+        sequence = np.random.SeedSequence((seed, first_iteration, get_rank()))
+        torch.manual_seed(int(sequence.generate_state(1)[0]))
+
+
+def find_signal(received: list[int]) -> int:
+    """-> number of a signal that any process has received, 0 if none has."""
+    return max(gather(received[0] if received else 0))
+
+
 # Keeping the run: folder, checkpoints, logs, signals. The same in all eight scripts.
 
 
 @contextlib.contextmanager
-def restores_process_settings():
-    """Puts back, when main returns, what main sets for the whole process.
+def restore_process_settings():
+    """Puts back, when main returns, what training sets for the whole process.
 
     So a notebook has its Ctrl-C again, and its own number of threads and kind of algorithms.
     """
@@ -710,6 +871,8 @@ def save_checkpoint(
     stateful: {name: object with a state_dict}, all that learns. A kill at any moment leaves a
     whole checkpoint, the old one or the new one.
     """
+    if get_rank() > 0:
+        return
     numpy_state = np.random.get_state(legacy=False)
     numpy_state["state"]["key"] = numpy_state["state"]["key"].tolist()
     checkpoint = {
@@ -734,6 +897,9 @@ def save_checkpoint(
             file.flush()
             os.fsync(file.fileno())  # on the disk before it takes the old one's place
         os.replace(run_dir / "checkpoint.tmp", run_dir / "checkpoint.pt")
+        folder = os.open(run_dir, os.O_RDONLY)
+        os.fsync(folder)  # and so is its name
+        os.close(folder)
     except OSError as error:
         sys.exit(
             f"iteration {iteration}: cannot write {run_dir / 'checkpoint.tmp'}, {error.strerror}; "
@@ -773,8 +939,9 @@ def find_checkpoint(args: Args) -> dict | None:
     return checkpoint
 
 
-def open_run(args: Args) -> tuple[Path, io.TextIOBase]:
-    """-> folder of a new run or of the one to go on with, and its lock; refuses what is in use.
+@contextlib.contextmanager
+def open_run(args: Args):
+    """Gives the folder of a new run or of the one to go on with, locked; refuses what is in use.
 
     The lock is a file that is open: the kernel frees it when it is closed or its process dies.
     """
@@ -782,6 +949,11 @@ def open_run(args: Args) -> tuple[Path, io.TextIOBase]:
     run_dir = Path(args.resume or f"runs/{name}")
     while args.resume is None and run_dir.exists():  # another run began in this second
         run_dir = run_dir.with_name(f"{run_dir.name}+")
+    run_dir = gather(run_dir)[0]
+    if get_rank() > 0:
+        yield run_dir
+        return
+
     try:
         run_dir.mkdir(parents=True, exist_ok=args.resume is not None)
         lock = open(run_dir / "lock", "w")
@@ -790,11 +962,39 @@ def open_run(args: Args) -> tuple[Path, io.TextIOBase]:
         refuse(f"{run_dir}: another process is training this run")
     except OSError as error:
         refuse(f"{run_dir}: cannot be written, {error.strerror}")
-    return run_dir, lock
+    try:
+        yield run_dir
+    finally:
+        lock.close()
+        if not (run_dir / "checkpoint.pt").exists():  # it failed before it began
+            shutil.rmtree(run_dir, ignore_errors=True)
 
 
-def start_logging(run_dir: Path, args: Args, first_step: int) -> SummaryWriter:
-    """-> TensorBoard's writer into the run's folder, whose events go to W&B as well if asked to."""
+@contextlib.contextmanager
+def explain_failure(args: Args, run_dir: Path):
+    """Lets an error say where the last checkpoint is; a full disk or memory, in one line."""
+    try:
+        yield
+    except Exception as error:
+        full = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        if isinstance(error, OSError) and (error.errno in full or not run_dir.exists()):
+            sys.exit(f"{run_dir}: cannot be written, {error.strerror}; last good state: {run_dir}")
+        if isinstance(error, MemoryError) or "t allocate memory" in str(error):
+            sizes = f"--num-envs {args.num_envs}, --num-steps {args.num_steps}"
+            refuse(f"{sizes}: there is not enough memory. {error}")
+        error.add_note(f"last good state: {run_dir}")
+        raise
+
+
+def start_logging(run_dir: Path, args: Args, first_step: int) -> SummaryWriter | None:
+    """-> TensorBoard's writer into the run's folder, whose events go to W&B as well if asked to.
+
+    None in all processes but the first.
+    """
+    if get_rank() > 0:
+        return None
+
+    config = asdict(args) | {"threads": torch.get_num_threads()}  # they change the last bits
     if args.track:
         import wandb  # here, because it is slow to import, and rarely needed
 
@@ -805,37 +1005,54 @@ def start_logging(run_dir: Path, args: Args, first_step: int) -> SummaryWriter:
                 id=run_dir.name,
                 name=run_dir.name,
                 resume="allow",
-                config=asdict(args),
+                config=config,
                 sync_tensorboard=True,
                 save_code=True,
             )
-        except wandb.Error as error:
-            refuse(f"--track: {error} Run `wandb login`, or set WANDB_MODE=offline")
+        except Exception as error:  # of many kinds
+            refuse(f"--track: W&B says: {error} (`wandb login` once, or WANDB_MODE=offline)")
 
     writer = SummaryWriter(
         str(run_dir),
         purge_step=first_step + 1,  # hide what a killed run logged after its last checkpoint
     )
-    lines = [f"- {name}: {value}\n" for name, value in asdict(args).items()]
+    lines = [f"- {name}: {value}\n" for name, value in config.items()]
     writer.add_text("hyperparameters", "".join(lines), first_step)
+
+    # The tab HPARAMS compares runs by their arguments
+    values = {name: str(value) for name, value in config.items()}
+    for summary in hparams(values, {"charts/mean_return": 0}):
+        writer.file_writer.add_summary(summary)
     return writer
 
 
-def log_episodes(
-    writer: SummaryWriter, final_info: dict, recent_returns: deque, global_step: int
-) -> None:
-    """Logs the raw return and the length of every episode that ended in this step.
+def find_episodes(final_info: dict, first_step: int) -> list[tuple[int, float, int]]:
+    """-> step, raw return and length of every episode that ended in a step of N environments.
 
     final_info is Gymnasium's: "episode" holds the returns "r" and the lengths "l", [N] each, and
-    "_episode" says which of the N are those of an episode that ended.
+    "_episode" says which of the N are those of an episode that ended. The environments' steps
+    count one after another, from first_step on.
     """
     if "episode" not in final_info:  # an end for the learner only, such as a lost life in Atari
-        return
+        return []
     episode = final_info["episode"]
-    for i in np.flatnonzero(final_info["_episode"]):
-        recent_returns.append(float(episode["r"][i]))
-        writer.add_scalar("charts/episodic_return", episode["r"][i], global_step)
-        writer.add_scalar("charts/episodic_length", episode["l"][i], global_step)
+    ended = np.flatnonzero(final_info["_episode"])
+    return [(first_step + int(i), float(episode["r"][i]), int(episode["l"][i])) for i in ended]
+
+
+def log_episodes(writer: SummaryWriter | None, episodes: list, recent_returns: deque) -> None:
+    """Logs the episodes of all processes, by their steps."""
+    for step, episodic_return, length in sorted(sum(gather(episodes), [])):
+        recent_returns.append(episodic_return)
+        metrics = {"charts/episodic_return": episodic_return, "charts/episodic_length": length}
+        log_metrics(writer, metrics, step)
+
+
+def log_metrics(writer: SummaryWriter | None, metrics: dict[str, float], step: int) -> None:
+    """Logs numbers, in the process that has a writer."""
+    if writer is not None:
+        for name, value in metrics.items():
+            writer.add_scalar(name, value, step)
 
 
 def mean_return(recent_returns: deque) -> float:
@@ -851,8 +1068,9 @@ def mean_losses(stats: list[dict[str, torch.Tensor]]) -> dict[str, float]:
 
 def explained_variance(values: np.ndarray, returns: np.ndarray) -> float:
     """Part of the returns' variance that the values explain: 1 is perfect, 0 a constant's."""
-    variance = np.var(returns)
-    return 1 - np.var(returns - values) / variance if variance > 0 else float("nan")
+    deviation, _ = std_mean(torch.from_numpy(returns))
+    unexplained, _ = std_mean(torch.from_numpy(returns - values))
+    return 1 - (unexplained / deviation).item() ** 2 if deviation > 0 else float("nan")
 
 
 def stop_if_not_finite(
@@ -878,53 +1096,74 @@ class Progress:
     """A bar on a terminal; elsewhere, such as in a log file, a line every five seconds."""
 
     def __init__(self, args: Args, first_step: int):
-        total = args.num_iterations * args.batch_size
-        self.bar = tqdm(total=total, initial=first_step, unit=" steps", disable=None)
+        self.silent = get_rank() > 0 or sys.stderr is None
+        self.bar = tqdm(
+            total=args.num_iterations * args.batch_size,
+            initial=first_step,
+            unit=" steps",
+            disable=True if self.silent else None,  # None: unless it is a terminal
+        )
         self.last_line = time.time()
 
     def show(self, step: int, speed: float, score: float) -> None:
         """step: environment steps done; speed: steps per second; score: the mean return."""
         self.bar.set_postfix_str(f"mean return {score:.1f}", refresh=False)
         self.bar.update(step - self.bar.n)
-        if self.bar.disable and time.time() > self.last_line + 5:
+        if self.bar.disable and not self.silent and time.time() > self.last_line + 5:
             self.last_line = time.time()
             line = f"{step}/{self.bar.total} steps, {speed:.0f} steps/s, mean return {score:.1f}"
-            print(line, file=sys.stderr)
+            say(line, sys.stderr)
 
     def close(self) -> None:
         self.bar.close()
 
 
-def close_tracking(args: Args, video_dir: Path | None) -> None:
-    """Sends the films to W&B, and ends its run."""
+def flush(writer: SummaryWriter | None) -> None:
+    """Writes what is logged into the file now."""
+    if writer is not None:
+        writer.flush()
+
+
+def stop_logging(writer: SummaryWriter | None, args: Args, video_dir: Path | None) -> None:
+    """Closes TensorBoard's file, sends the films to W&B, and ends its run."""
+    if writer is None:
+        return
+    writer.close()
     if args.track:
         import wandb
 
         if video_dir is not None:
-            for path in sorted(video_dir.glob("*.mp4")):
+            for path in sorted(video_dir.glob("*.mp4"), key=os.path.getmtime):
                 wandb.log({"video": wandb.Video(str(path))})
         wandb.finish()
 
 
-def summarize(run_dir: Path, recent_returns: deque, step: int, received: list[int]) -> float:
+def summarize(run_dir: Path, recent_returns: deque, step: int, signum: int) -> float:
     """Prints the result, and how to go on if a signal ended the run -> the result."""
     score = mean_return(recent_returns)
-    episodes = len(recent_returns)
-    print(f"{run_dir}: mean return {score:.1f} over the last {episodes} episodes, {step} steps")
-    if received:
-        script = os.path.relpath(__file__)
-        print(f"to go on: {shlex.join(['python', script, '--resume', str(run_dir)])}")
-        sys.exit(128 + received[0])  # the exit code of a program that died of the signal
+    if get_rank() == 0:
+        episodes = f"the last {len(recent_returns)} episodes"
+        say(f"{run_dir}: mean return {score:.1f} over {episodes}, {step} steps", sys.stdout)
+        if signum:
+            command = ["python", os.path.relpath(__file__), "--resume", str(run_dir)]
+            say(f"to go on: {shlex.join(command)}", sys.stdout)
+    if signum:
+        sys.exit(128 + signum)  # the exit code of a program that died of the signal
     return score
 
 
-@restores_process_settings()
 def main(args: Args) -> float:
-    """Trains -> mean return of the last 100 episodes, NaN if none has ended."""
+    """Opens a run and trains -> mean return of the last 100 episodes, NaN if none has ended."""
+    with restore_process_settings(), join_processes(args):
+        checkpoint = find_checkpoint(args)
+        make_envs(args).close()  # refuses what it must before anything is written
+        with open_run(args) as run_dir, explain_failure(args, run_dir):
+            return train(args, run_dir, checkpoint)
+
+
+def train(args: Args, run_dir: Path, checkpoint: dict | None) -> float:
+    """Trains a new run, or goes on from its checkpoint -> what main returns."""
     # Set up
-    checkpoint = find_checkpoint(args)
-    make_envs(args).close()  # refuses what it must before anything is written
-    run_dir, lock = open_run(args)
     seed_generators(args.seed)
     use_deterministic_algorithms(args.torch_deterministic)
     keep_freed_memory()
@@ -932,8 +1171,11 @@ def main(args: Args) -> float:
 
     first_iteration = checkpoint["iteration"] if checkpoint else 0
     first_step = first_iteration * args.batch_size
-    video_dir = run_dir / "videos" / f"from-step-{first_step}" if args.capture_video else None
-    envs = make_envs(args, video_dir)
+    video_dir = None
+    if args.capture_video and get_rank() == 0:
+        video_dir = run_dir / "videos" / f"from-step-{first_step}"
+    share = divide(args)  # what this process has, all of it unless there are several
+    envs = make_envs(share, video_dir)
     agent = Agent(envs.single_observation_space, envs.single_action_space).to(device)
 
     # Detail 3: Adam epsilon 1e-5
@@ -943,17 +1185,19 @@ def main(args: Args) -> float:
     recent_returns = deque(maxlen=100)
     if checkpoint:
         restore(checkpoint, stateful, recent_returns)
+    broadcast_weights(agent)
+    seed_process(args.seed, first_iteration)
     writer = start_logging(run_dir, args, first_step)
     progress = Progress(args, first_step)
     received = catch_signals()
 
     # Images are laid out as [..., height, width, frames], in which convolutions are fastest.
     frames, height, width = envs.single_observation_space.shape
-    pixel_shape = (args.num_steps, args.num_envs, height, width, frames)
+    pixel_shape = (share.num_steps, share.num_envs, height, width, frames)
     pixels = torch.zeros(pixel_shape, dtype=torch.uint8, device=device)
 
     # One rollout. Rewards and ends of episodes stay on the host, where advantages are computed.
-    shape = (args.num_steps, args.num_envs)  # [T, N]
+    shape = (share.num_steps, share.num_envs)  # [T, N]
     buffer = {
         "obs": pixels.movedim(-1, 2),  # [T, N, frames, height, width]
         "actions": torch.zeros(shape, dtype=torch.int64, device=device),
@@ -970,11 +1214,13 @@ def main(args: Args) -> float:
     # Environment seeds far apart: those of seed 1 are not those of seed 2, shifted by one. A run
     # that is resumed begins new episodes, with new seeds.
     seeds = np.random.SeedSequence((args.seed, first_iteration)).generate_state(args.num_envs)
-    next_obs, infos = envs.reset(seed=seeds.tolist())
+    first_env = get_rank() * share.num_envs
+    seeds = seeds[first_env : first_env + share.num_envs].tolist()
+    next_obs, infos = envs.reset(seed=seeds)
     save_checkpoint(run_dir, args, first_iteration, stateful, recent_returns)
     global_step = first_step
     start_time = time.time()
-    stopped = False
+    signum = 0
 
     for iteration in range(first_iteration, args.num_iterations):
         remaining = 1 - iteration / args.num_iterations
@@ -990,6 +1236,7 @@ def main(args: Args) -> float:
             update_args = replace(args, clip_coef=args.clip_coef * remaining)
 
         # Rollout: T steps of N environments
+        episodes = []  # those that end in it
         with torch.inference_mode():
             for t in range(args.num_steps):
                 obs = torch.as_tensor(next_obs, device=device)
@@ -1003,16 +1250,19 @@ def main(args: Args) -> float:
                 dones[t] = terminated | truncated
                 at_limit[t] = truncated & ~terminated
                 valid[t] = infos["valid"]
-                global_step += args.num_envs
-
                 if "final_info" in infos:  # an episode has ended
-                    log_episodes(writer, infos["final_info"], recent_returns, global_step)
+                    first = global_step + first_env + 1  # the step of the first environment
+                    episodes.extend(find_episodes(infos["final_info"], first))
+                global_step += args.num_envs
 
             # Detail 1: vectorised architecture
             # The next rollout goes on with these observations; until then, their values stand for
             # what is still to come.
             obs = torch.as_tensor(next_obs, device=device)
             _, next_value = agent(obs)
+
+        # Detail A2: parallel gradient update, whose processes share their statistics
+        envs.merge_statistics()
 
         # Advantages
         values = buffer["values"].cpu().numpy()
@@ -1050,31 +1300,31 @@ def main(args: Args) -> float:
         # Log and save
         losses = mean_losses(stats)
         stop_if_not_finite(losses, stateful, iteration, run_dir)
-        for name, loss in losses.items():
-            writer.add_scalar(f"losses/{name}", loss, global_step)
+        log_episodes(writer, episodes, recent_returns)
 
         # Detail 12: debug variables
-        explained = explained_variance(values[valid], returns[valid])
-        writer.add_scalar("losses/explained_variance", explained, global_step)
-        writer.add_scalar("charts/learning_rate", learning_rate, global_step)
+        metrics = {f"losses/{name}": loss for name, loss in losses.items()}
+        metrics["losses/explained_variance"] = explained_variance(values[valid], returns[valid])
+        metrics["charts/learning_rate"] = learning_rate
         speed = (global_step - first_step) / (time.time() - start_time)
-        writer.add_scalar("charts/SPS", speed, global_step)
+        metrics["charts/SPS"] = speed
+        metrics["charts/mean_return"] = mean_return(recent_returns)
+        log_metrics(writer, metrics, global_step)
         progress.show(global_step, speed, mean_return(recent_returns))
 
         finished = iteration + 1 == args.num_iterations
-        stopped = len(received) > 0  # looked at once, so that a run that stops has saved
-        if stopped or finished or (iteration + 1) % args.checkpoint_interval == 0:
-            writer.flush()
+        signum = find_signal(received)  # once, so that a run that stops has saved
+        if signum or finished or (iteration + 1) % args.checkpoint_interval == 0:
+            check_weights_are_equal(agent)
+            flush(writer)
             save_checkpoint(run_dir, args, iteration + 1, stateful, recent_returns)
-        if stopped:
+        if signum:
             break
 
     envs.close()
-    writer.close()
     progress.close()
-    close_tracking(args, video_dir)
-    lock.close()
-    return summarize(run_dir, recent_returns, global_step, received if stopped else [])
+    stop_logging(writer, args, video_dir)
+    return summarize(run_dir, recent_returns, global_step, signum)
 
 
 def parse_args() -> Args:
