@@ -19,34 +19,38 @@ WORDS = ["--num-envs", 4, "--num-steps", 16, "--num-minibatches", 2, "--update-e
 
 # Each process takes its share of recorded minibatches, then trains for some iterations.
 WORKER = """
+import contextlib
 import sys
 sys.path.insert(0, {tests!r})
 import torch
 from conftest import import_scripts
 
 recorded = torch.load("recorded.pt", weights_only=False)
+scripts = import_scripts()
 results = {{}}
-for name, script in import_scripts().items():
-    args = script.Args(**{sizes!r}, cuda=False, target_kl=1e-6)
+
+
+def take_share(mb, rank):
+    if "lstm_state" not in mb:  # shares of different sizes
+        third = len(mb["obs"]) // 3
+        return {{key: x[:third] if rank == 0 else x[third:] for key, x in mb.items()}}
+    num_envs = mb["lstm_state"].shape[1]  # [2, E, 128]; all else is [T * E, ...]
+    share = {{}}
+    for key, x in mb.items():
+        if key == "lstm_state":
+            share[key] = x[:, rank::2]
+        else:
+            share[key] = x.unflatten(0, (-1, num_envs))[:, rank::2].flatten(0, 1)
+    return share
+
+
+def work(name, script, args):
     weights, minibatches, spaces = recorded[name]
-    with script.join_processes(args):
-        rank = script.get_rank()
-        agent = script.Agent(*spaces)
-        agent.load_state_dict(weights)
-        optimizer = torch.optim.Adam(agent.parameters(), lr=1e-3, eps=1e-5, fused=True)
-        for mb in minibatches:
-            num_envs = mb["lstm_state"].shape[1] if "lstm_state" in mb else None
-            mine = {{}}
-            for key, x in mb.items():
-                if key == "lstm_state":  # [2, E, 128]
-                    mine[key] = x[:, rank::2]
-                elif num_envs is not None:  # whole environments, [T * E, ...]
-                    mine[key] = x.unflatten(0, (-1, num_envs))[:, rank::2].flatten(0, 1)
-                else:  # shares of different sizes
-                    cut = len(x) // 3
-                    mine[key] = x[:cut] if rank == 0 else x[cut:]
-            stats = script.train_step(agent, optimizer, mine, args)
-        updated = agent.state_dict()
+    agent = script.Agent(*spaces)
+    agent.load_state_dict(weights)
+    optimizer = torch.optim.Adam(agent.parameters(), lr=2.5e-4, eps=1e-5, fused=True)
+    for mb in minibatches:
+        stats = script.train_step(agent, optimizer, take_share(mb, script.get_rank()), args)
 
     step = script.train_step
     trained = []
@@ -56,9 +60,17 @@ for name, script in import_scripts().items():
         return step(agent, *rest)
 
     script.train_step = train_step
+    script.join_processes = lambda args: contextlib.nullcontext()  # they have joined already
     score = script.main(args)
-    results[name] = (updated, stats, trained[0].state_dict(), score)
-torch.save(results, f"results{{rank}}.pt")
+    return agent.state_dict(), stats, trained[0].state_dict(), score
+
+
+with scripts["ppo"].join_processes(scripts["ppo"].Args(cuda=False)):
+    for name, script in scripts.items():
+        # The KL limit is so low that each update ends early
+        args = script.Args(**{sizes!r}, cuda=False, target_kl=1e-9)
+        results[name] = work(name, script, args)
+    torch.save(results, f"results{{scripts['ppo'].get_rank()}}.pt")
 """
 
 
@@ -94,7 +106,9 @@ def record(script, folder: Path) -> tuple[dict, list, list]:
         patch.setattr(script.Agent, "__init__", make_agent)
         patch.setattr(script, "train_step", train_step)
         train_in(script, folder, **SIZES | {"total_timesteps": 64}, cuda=False)
-    return weights, minibatches[:3], spaces
+    # Max-pooling amplifies the last bits from one step to the next
+    num_steps = 1 if script.__name__ == "ppo_procgen" else 3
+    return weights, minibatches[:num_steps], spaces
 
 
 @pytest.fixture(scope="module")
@@ -105,7 +119,10 @@ def trained(tmp_path_factory):
     torch.save(recorded, folder / "recorded.pt")
     (folder / "worker.py").write_text(WORKER.format(tests=str(ROOT / "tests"), sizes=SIZES))
     process = torchrun("worker.py", cwd=folder)
-    _, stderr = process.communicate(timeout=300)
+    try:
+        _, stderr = process.communicate(timeout=200)
+    finally:
+        process.kill()
     assert process.returncode == 0, stderr[-3000:]
     results = [torch.load(folder / f"results{rank}.pt", weights_only=False) for rank in (0, 1)]
     return recorded, results, sorted((folder / "runs").iterdir())
@@ -118,7 +135,7 @@ def test_two_processes_update_as_one(name, trained):
     weights, minibatches, spaces = trained[0][name]
     agent = script.Agent(*spaces)
     agent.load_state_dict(weights)
-    optimizer = torch.optim.Adam(agent.parameters(), lr=1e-3, eps=1e-5, fused=True)
+    optimizer = torch.optim.Adam(agent.parameters(), lr=2.5e-4, eps=1e-5, fused=True)
     for mb in minibatches:
         stats = script.train_step(agent, optimizer, mb, script.Args(**SIZES, cuda=False))
     for results in trained[1]:

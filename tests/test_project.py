@@ -114,13 +114,13 @@ def test_importing_a_script_does_nothing(script, tmp_path):
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_lines_are_short(script):
-    """Fails when text is packed: a mean line of over 50 characters, or a main of over 120 lines."""
+    """Fails when text is packed: a mean line of over 50 characters, or a train of over 120 lines."""
     source = (ROOT / script).read_text()
     lines = [line for line in source.splitlines() if line.strip()]
     assert statistics.mean(map(len, lines)) <= 50
     assert max(map(len, lines)) <= 100
-    (main,) = [node for node in ast.parse(source).body if getattr(node, "name", "") == "main"]
-    code = source.splitlines()[main.lineno - 1 : main.end_lineno]
+    (train,) = [node for node in ast.parse(source).body if getattr(node, "name", "") == "train"]
+    code = source.splitlines()[train.lineno - 1 : train.end_lineno]
     assert len([line for line in code if line.strip() and line.strip()[0] != "#"]) <= 120
 
 
