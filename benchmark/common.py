@@ -11,6 +11,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import NoReturn
 
+import pandas as pd
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -55,6 +56,13 @@ def check_writable(path: Path, option: str) -> None:
         refuse(f"{option} {path}: cannot be written, {error.strerror}")
 
 
+def check_save(save: Path) -> None:
+    """Refuses a beginning of files' names under which nothing can be written."""
+    if save == Path(""):
+        refuse("--save: say where to write, as in --save benchmark/results/ppo")
+    check_writable(Path(f"{save}.md"), "--save")
+
+
 def read_checkpoint(run_dir: Path) -> dict:
     """-> the last checkpoint of a run, on the CPU. Raises ValueError if there is none.
 
@@ -88,16 +96,16 @@ def find_script(name: str, given: Iterable[Path] = ()) -> Path:
 
 def load_script(path: str | Path) -> ModuleType:
     """-> the module of a script, one of the eight or a copy. Raises ValueError if it is none."""
-    path = Path(path).resolve()
-    if path.parent == ROOT and path.stem in SCRIPTS:
+    whole_path = Path(path).resolve()
+    if whole_path.parent == ROOT and whole_path.stem in SCRIPTS:
         sys.path.insert(0, str(ROOT))
-        return importlib.import_module(path.stem)
+        return importlib.import_module(whole_path.stem)
 
     # Under its whole path, which is no other module's name. A copy may be called random.py.
-    name = str(path)
+    name = str(whole_path)
     if name in sys.modules:
         return sys.modules[name]
-    spec = importlib.util.spec_from_file_location(name, path)
+    spec = importlib.util.spec_from_file_location(name, whole_path)
     if spec is None:
         raise ValueError(f"{path} is no Python file")
     script = importlib.util.module_from_spec(spec)
@@ -122,6 +130,19 @@ def count_steps(checkpoint: dict) -> int:
     """-> the environment steps that the run has trained."""
     args = checkpoint["args"]
     return checkpoint["iteration"] * args["num_envs"] * args["num_steps"]
+
+
+def read_evaluation(run_dir: Path, trained_steps: int) -> pd.Series | None:
+    """-> the last line of evaluation.csv whose actions were sampled, from the agent of that step.
+
+    So what a run was worth before it was trained further, or greedily, is not taken for its result.
+    """
+    path = run_dir / "evaluation.csv"
+    if not path.is_file():
+        return None
+    lines = pd.read_csv(path)
+    lines = lines[(lines.trained_steps == trained_steps) & ~lines.greedy]
+    return None if lines.empty else lines.iloc[-1]
 
 
 def find_commit(before: str = "now") -> str:

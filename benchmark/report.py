@@ -1,27 +1,34 @@
 """Makes of runs what is published: a table beside the published numbers, learning curves, plots.
 
     python benchmark/report.py runs/*__ppo__* --save benchmark/results/ppo
+    python benchmark/report.py runs/*__mine__* --script mine.py --save results/mine
     python benchmark/report.py --readme    # README.md's table, from all that is in results/
+    python benchmark/report.py --redraw    # the figures in results/, from the curves there
 
 Writes SAVE_runs.csv (a line for each run: its command, steps, hours, result, commit, machine and
 date), SAVE_curves.csv (mean return of the last 100 episodes at 200 steps of each run), SAVE.md (the
 table), SAVE_steps.png and SAVE_hours.png.
 
-Runs of one script on one environment that differ in nothing but the seed are one row of the table.
+Runs of one script on one environment that differ in nothing but the seed, or in how they are kept
+(--track, --capture-video), are one row of the table.
 Its result is the mean return of the last 100 training episodes, as mean over seeds +- standard
 deviation. From three seeds on, the interquartile mean stands beside it with its 95 % bootstrap
-interval (Agarwal et al., 2021, arXiv:2108.13264).
+interval (Agarwal et al., 2021, arXiv:2108.13264). What evaluate.py says of the last checkpoints, in
+evaluation.csv of their runs, has a column of its own.
+
+What others published stands beside it, after the same steps where that is known: of an unfinished
+run, a point of a published curve. benchmark/published_results.csv has it all, with sources.
 
 Shapes: I = iterations of a run, S = seeds, P = POINTS of a curve.
 """
 
 import dataclasses
 import datetime
-import importlib
 import math
 import re
 import sys
 import textwrap
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
@@ -32,9 +39,20 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-import torch
 import tyro
-from common import ROOT, describe_machine, find_commit, refuse
+from common import (
+    KEEPING,
+    ROOT,
+    check_save,
+    count_steps,
+    describe_machine,
+    find_commit,
+    find_script,
+    load_script,
+    read_checkpoint,
+    read_evaluation,
+    refuse,
+)
 from rliable import library, metrics
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tqdm import tqdm
@@ -49,14 +67,15 @@ GROUP = ["script", "env_id", "command", "steps"]
 BEGIN = "<!-- results -->\n"
 END = "<!-- /results -->"
 
-# Arguments of a script that say nothing of what is trained
-NOT_IN_COMMAND = ("seed", "resume", "checkpoint_interval")
+# Steps that are so near to one another are the same
+SAME_STEPS = 0.02
 
 COLUMNS = [
     "script",
     "environment",
     "mean return",
     "IQM, 95 %",
+    "evaluated",
     "seeds",
     "steps",
     "hours",
@@ -73,22 +92,26 @@ class Args:
     """folders of runs"""
     save: Path | None = None
     """files to write, without their endings"""
+    script: list[Path] = field(default_factory=list)
+    """files that made some of the runs, if they are none of the eight scripts"""
     readme: bool = False
     """write README.md's table, from benchmark/results/*_runs.csv"""
+    redraw: bool = False
+    """draw the figures in benchmark/results/ anew, from *_curves.csv there"""
     machine: str = field(default_factory=describe_machine)
     """where the runs were trained, if not here"""
 
 
-def build_command(script: str, args: dict) -> str:
-    """-> the command that such a run begins with, without its seed."""
-    sys.path.insert(0, str(ROOT))
-    script_args = importlib.import_module(script).Args
+def build_command(script: Path, args: dict) -> str:
+    """-> the command that such a run begins with, without its seed. Raises ValueError.
 
-    words = [f"python {script}.py"]
-    for option in dataclasses.fields(script_args):
+    Arguments that change nothing of what is trained are no part of it.
+    """
+    words = [f"python {script.name}"]
+    for option in dataclasses.fields(load_script(script).Args):
         name = option.name.replace("_", "-")
         value = args[option.name]
-        if value == option.default or option.name in NOT_IN_COMMAND:
+        if value == option.default or option.name == "seed" or option.name in KEEPING:
             continue
         if value is True:
             words.append(f"--{name}")
@@ -130,25 +153,33 @@ class NoRunError(Exception):
     """A folder is no run, or one that has not trained; the message says why."""
 
 
-def read_run(run_dir: Path, machine: str, scripts: Path = ROOT) -> tuple[dict, pd.DataFrame]:
+def read_run(
+    run_dir: Path, machine: str, scripts: Path | Iterable[Path] = ()
+) -> tuple[dict, pd.DataFrame]:
     """-> what SAVE_runs.csv and SAVE_curves.csv say of a run; raises NoRunError.
 
-    scripts: the folder of the script that made it.
+    scripts: files, or a folder of files, that may have made it, beside the eight scripts.
     """
+    if isinstance(scripts, Path):
+        scripts = scripts.glob("*.py")
     try:
-        checkpoint = torch.load(run_dir / "checkpoint.pt", map_location="cpu", weights_only=True)
-        script = checkpoint["script"]
-        args = checkpoint["args"]
-    except Exception as error:  # torch.load raises many kinds
-        raise NoRunError(f"no run, {type(error).__name__}: {str(error)[:99]}") from None
-    if not (scripts / f"{Path(script).name}.py").is_file():
-        raise NoRunError(f"made by {script}.py, which is not in {scripts}")
+        checkpoint = read_checkpoint(run_dir)
+        script = find_script(checkpoint["script"], scripts)
+    except ValueError as error:
+        raise NoRunError(str(error)) from None
+    args = checkpoint["args"]
 
     events = EventAccumulator(str(run_dir), size_guidance={"scalars": 0})
     events.Reload()
     tags = events.Tags()["scalars"]
     if "charts/SPS" not in tags:
         raise NoRunError("has not trained yet")
+    if "charts/episodic_return" not in tags:
+        raise NoRunError("no episode has ended yet, so there is no return to report")
+    try:
+        command = build_command(script, args)
+    except (ValueError, KeyError) as error:
+        raise NoRunError(f"does not fit {script}, {error}") from None
 
     # Iterations
     iterations = events.Scalars("charts/SPS")
@@ -158,26 +189,30 @@ def read_run(run_dir: Path, machine: str, scripts: Path = ROOT) -> tuple[dict, p
     began = datetime.datetime.fromtimestamp(times[0])
 
     # Episodes
-    episodes = events.Scalars("charts/episodic_return") if "charts/episodic_return" in tags else []
+    episodes = events.Scalars("charts/episodic_return")
     end_steps = np.array([event.step for event in episodes])
     returns = np.array([event.value for event in episodes])
     at_steps = np.linspace(0, steps[-1], POINTS + 1)[1:]
     means = average_last_episodes(end_steps, returns, at_steps)
 
+    evaluation = read_evaluation(run_dir, count_steps(checkpoint))
+
     run = {
-        "script": f"{script}.py",
+        "script": script.name,
         "env_id": args["env_id"],
         "seed": args["seed"],
         "steps": int(steps[-1]),
         "total_timesteps": args["total_timesteps"],
         "hours": hours[-1],
         "run": run_dir.name,
-        "command": build_command(script, args),
+        "command": command,
         "machine": machine,
         "date": began.date().isoformat(),
         "commit": find_commit(before=began.isoformat()),
         "episodes": len(episodes),
         "mean_return": means[-1],
+        "evaluated_mean": np.nan if evaluation is None else evaluation["mean"],
+        "evaluated_episodes": 0 if evaluation is None else evaluation.episodes,
     }
     curve = pd.DataFrame(
         {
@@ -206,13 +241,30 @@ def leave_out_repeated(runs: pd.DataFrame) -> pd.DataFrame:
     return runs[~repeated]
 
 
-def find_published(script: str, env_id: str) -> pd.Series | None:
-    """-> what is published of a script on an environment, or on the one it was renamed from."""
+def find_published(script: str, env_id: str) -> pd.DataFrame:
+    """-> what is published of a script on an environment: lines of published_results.csv."""
     published = pd.read_csv(ROOT / "benchmark" / "published_results.csv")
-    renamed = published.note.fillna("").str.endswith(f" {env_id}")  # "trained today as Hopper-v4"
-    same_env = published.env_id.eq(env_id) | renamed
-    found = published[published.script.eq(script) & same_env]
-    return None if found.empty else found.iloc[0]
+    return published[published.script.eq(script) & published.env_id.eq(env_id)]
+
+
+def describe_published(published: pd.DataFrame, steps: int) -> str:
+    """Lines of one column -> the numbers at the end of training, and those after so many steps.
+
+    A number after other steps than the run's tells its steps, unless the run is an unfinished one.
+    """
+    texts = []
+    for by, lines in published.groupby("by", sort=False):
+        author = "" if by == "Huang et al." else f" ({by})"
+        end = lines.steps.max()
+        for line in lines.sort_values("steps", ascending=False).itertuples():
+            text = format_result(line.mean, line.std) + author
+            if line.steps == end and end < (1 - SAME_STEPS) * steps:
+                texts.append(f"{text} at {line.steps:,}")
+            elif line.steps == end:
+                texts.append(text)
+            elif abs(line.steps - steps) < SAME_STEPS * steps:
+                texts.append(f"{text} at {line.steps:,} of {end:,}")
+    return ", ".join(texts)
 
 
 def shorten_command(command: str) -> str:
@@ -221,8 +273,11 @@ def shorten_command(command: str) -> str:
 
 
 def format_result(mean: float, std: float) -> str:
-    """-> both numbers, "" if they are missing."""
-    return "" if np.isnan(mean) else f"{mean:.1f} ± {std:.1f}"
+    """-> both numbers, or the first if there is no second."""
+    if np.isnan(std):
+        return f"{mean:.1f}"
+    digits = 2 if 0 < std < 0.05 or 0 < abs(mean) < 1 else 1
+    return f"{mean:.{digits}f} ± {std:.{digits}f}"
 
 
 def format_iqm(scores: np.ndarray) -> str:
@@ -241,17 +296,22 @@ def format_iqm(scores: np.ndarray) -> str:
 
 def make_table(runs: pd.DataFrame) -> str:
     """-> Markdown, a row for each script, environment and command."""
+    rows = [make_row(group) for _, group in runs.groupby(GROUP, sort=False)]
+    columns = list(COLUMNS)
+    if not any(row["evaluated"] for row in rows):
+        columns.remove("evaluated")
+
     lines = [
-        f"| {' | '.join(COLUMNS)} |",
-        "|" + "---|" * len(COLUMNS),
+        f"| {' | '.join(columns)} |",
+        "|" + "---|" * len(columns),
     ]
-    for _, group in runs.groupby(GROUP, sort=False):
-        cells = make_row(group)
+    for row in rows:
+        cells = [row[column] for column in columns]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
-def make_row(group: pd.DataFrame) -> list[str]:
+def make_row(group: pd.DataFrame) -> dict[str, str]:
     """Runs that differ in their seeds -> the cells of COLUMNS."""
     run = group.iloc[0]  # all have its script, environment, command and steps
     scores = group.mean_return.to_numpy()
@@ -265,61 +325,75 @@ def make_row(group: pd.DataFrame) -> list[str]:
     if len(scores) > 2:
         iqm = format_iqm(scores)
 
-    # Beside what is published; steps that are short of the published ones are named
-    steps = f"{run.steps:,}"
-    seed_script = ""
-    baselines = ""
-    published = find_published(run.script, run.env_id)
-    if published is not None:
-        if run.steps < 0.99 * published.total_timesteps:
-            steps = f"{run.steps:,} of {published.total_timesteps:,}"
-        seed_script = format_result(published.seed_script_mean, published.seed_script_std)
-        baselines = format_result(published.baselines_mean, published.baselines_std)
+    # A mean over some of the seeds would be another one's
+    evaluated = ""
+    if "evaluated_mean" in group and group.evaluated_mean.notna().all():
+        std = group.evaluated_mean.std(ddof=0) if len(group) > 1 else np.nan
+        evaluated = format_result(group.evaluated_mean.mean(), std)
 
-    return [
-        shorten_command(run.command),
-        run.env_id,
-        result,
-        iqm,
-        str(len(scores)),
-        steps,
-        f"{group.hours.mean():.2f}",
-        f"{speeds.mean():.0f}",
-        seed_script,
-        baselines,
-    ]
+    # Beside what is published; steps that are short of the published ones are named
+    published = find_published(run.script, run.env_id)
+    steps = f"{run.steps:,}"
+    if len(published) > 0 and run.steps < 0.99 * published.steps.max():
+        steps = f"{run.steps:,} of {published.steps.max():,}"
+
+    return {
+        "script": shorten_command(run.command),
+        "environment": run.env_id,
+        "mean return": result,
+        "IQM, 95 %": iqm,
+        "evaluated": evaluated,
+        "seeds": str(len(scores)),
+        "steps": steps,
+        "hours": f"{group.hours.mean():.2f}",
+        "steps/s": f"{speeds.mean():.0f}",
+        "published": describe_published(published[published.column == "published"], run.steps),
+        "baselines": describe_published(published[published.column == "baselines"], run.steps),
+    }
 
 
 def plot(curves: pd.DataFrame, over: str, path: Path) -> None:
     """Draws mean returns over the column "step" or "hours": a panel for each environment.
 
-    A panel has a line for each script and command, the mean over seeds, and its band, one standard
-    deviation.
+    A panel has a line for each script and command, with its band, and horizontal lines at what is
+    published of the scripts in it; its legend stands beside it.
     """
     env_ids = curves.env_id.unique()
-    columns = min(3, len(env_ids))
+    columns = min(2, len(env_ids))
     rows = math.ceil(len(env_ids) / columns)
-    size = (4.2 * columns + 0.4, 3.2 * rows)
+    size = (7.4 * columns, 3.2 * rows + 0.4)
     figure, axes = plt.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False)
     panels = axes.flatten()
 
     for i, env_id in enumerate(env_ids):
         panel = panels[i]
-        for _, group in curves[curves.env_id == env_id].groupby(GROUP, sort=False):
-            draw_line(panel, group, over)
+        in_panel = curves[curves.env_id == env_id]
+        for script, of_script in in_panel.groupby("script", sort=False):
+            groups = [group for _, group in of_script.groupby(GROUP, sort=False)]
+            colors = [draw_line(panel, group, over) for group in groups]
+            name = f"{script}, " if in_panel.script.nunique() > 1 else ""
+            draw_published(panel, find_published(script, env_id), name, over, colors[0])
         panel.set(title=env_id, xlabel=AXIS_LABELS[over], ylabel="mean return")
         panel.grid(alpha=0.3)
         panel.locator_params(axis="x", nbins=5)
-        panel.legend(fontsize="small")
+        panel.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1.02, 1), frameon=False)
 
     for panel in panels[len(env_ids) :]:
         panel.remove()
+    explanation = "line: mean over seeds of the mean return of the last 100 training episodes"
+    if curves.groupby(GROUP).seed.nunique().max() > 1:
+        explanation += "\nband: one standard deviation, but not beyond the lowest and highest seed"
+    figure.supxlabel(explanation, fontsize="small")
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
 
-def draw_line(panel: plt.Axes, group: pd.DataFrame, over: str) -> None:
-    """Draws curves that differ in their seeds, as far as the shortest of them goes."""
+def draw_line(panel: plt.Axes, group: pd.DataFrame, over: str) -> str:
+    """Draws curves that differ in their seeds, as far as the shortest of them goes -> the colour.
+
+    The band ends at the lowest and at the highest seed, because a mean less a standard deviation
+    may be what no agent can get.
+    """
     seeds = [curve for _, curve in group.groupby("seed")]
     end = min(curve[over].iloc[-1] for curve in seeds)
     grid = np.linspace(0, end, POINTS + 1)[1:]  # [P]
@@ -327,13 +401,45 @@ def draw_line(panel: plt.Axes, group: pd.DataFrame, over: str) -> None:
     values = np.array(values)  # [S, P]
     mean = values.mean(0)
     std = values.std(0)
+    low = np.maximum(mean - std, values.min(0))
+    high = np.minimum(mean + std, values.max(0))
 
     plural = "" if len(seeds) == 1 else "s"
     name = f"{shorten_command(group.command.iloc[0])}, {len(seeds)} seed{plural}"
-    name = textwrap.fill(name, 45, break_on_hyphens=False)
-    (line,) = panel.plot(grid, mean, label=name)
+    (line,) = panel.plot(grid, mean, label=fold(name))
     color = line.get_color()
-    panel.fill_between(grid, mean - std, mean + std, color=color, alpha=0.2, linewidth=0)
+    if len(seeds) > 1:
+        panel.fill_between(grid, low, high, color=color, alpha=0.2, linewidth=0)
+    return color
+
+
+def draw_published(
+    panel: plt.Axes, published: pd.DataFrame, script: str, over: str, color: str
+) -> None:
+    """Draws what is published of a script: lines at the ends of training, and points of curves.
+
+    script: how names in the legend begin.
+    """
+    for column, style in (("published", "--"), ("baselines", ":")):
+        lines = published[published.column == column]
+        if lines.empty:
+            continue
+        first = lines[lines.by == lines.by.iloc[0]]  # of several sources
+        end = first.loc[first.steps.idxmax()]
+        name = fold(f"{script}{column}: {end['mean']:,.4g} at {end.steps:,}")
+        panel.axhline(end["mean"], color=color, linestyle=style, linewidth=1.2, label=name)
+
+        # Points within what was trained
+        points = lines[lines.steps <= (1 + SAME_STEPS) * panel.dataLim.x1]
+        points = points[points.steps < lines.steps.max()]
+        if over == "step" and len(points) > 0:
+            name = fold(f"{script}{column}: on the way ({points.by.iloc[0]})")
+            panel.plot(points.steps, points["mean"], "x", color=color, label=name)
+
+
+def fold(name: str) -> str:
+    """-> a name of the legend, in lines that are not too long."""
+    return textwrap.fill(name, 38, break_on_hyphens=False)
 
 
 def write_report(args: Args) -> None:
@@ -342,7 +448,7 @@ def write_report(args: Args) -> None:
     curves = []
     for run_dir in tqdm(args.run_dirs, unit=" runs", disable=None):
         try:
-            run, curve = read_run(run_dir, args.machine)
+            run, curve = read_run(run_dir, args.machine, args.script)
         except NoRunError as error:
             print(f"left out: {run_dir}: {error}", file=sys.stderr)
             continue
@@ -356,7 +462,6 @@ def write_report(args: Args) -> None:
     curves = pd.concat([curves[i] for i in runs.index])  # in the order of the runs
     table = make_table(runs)
 
-    args.save.parent.mkdir(parents=True, exist_ok=True)
     runs.to_csv(f"{args.save}_runs.csv", index=False, float_format="%.6g")
     curves.to_csv(f"{args.save}_curves.csv", index=False, float_format="%.6g")
     Path(f"{args.save}.md").write_text(table)
@@ -381,15 +486,29 @@ def write_readme() -> None:
     readme.write_text(f"{before}{BEGIN}{make_readme_table()}{END}{after}")
 
 
+def redraw() -> None:
+    """Draws the figures of all measured runs anew."""
+    for path in sorted((ROOT / "benchmark" / "results").glob("*_curves.csv")):
+        curves = pd.read_csv(path)
+        for over, name in (("step", "steps"), ("hours", "hours")):
+            plot(curves, over, Path(str(path).replace("_curves.csv", f"_{name}.png")))
+
+
 def main(args: Args) -> None:
     """Does what it is asked to; refuses to do nothing."""
-    if not args.run_dirs and not args.readme:
-        refuse("nothing to do: name folders of runs, or --readme")
-    if args.run_dirs and args.save in (None, Path("")):
+    if not args.run_dirs and not args.readme and not args.redraw:
+        refuse("nothing to do: name folders of runs, --readme or --redraw")
+    if args.save is not None:
+        check_save(args.save)
+    if args.run_dirs and args.save is None:
         refuse("--save: say where to write, as in --save benchmark/results/ppo")
+    if args.save is not None and not args.run_dirs:
+        refuse(f"--save {args.save}: there are no runs to write about; name their folders")
 
     if args.run_dirs:
         write_report(args)
+    if args.redraw:
+        redraw()
     if args.readme:
         write_readme()
 

@@ -1,20 +1,27 @@
 """Trains a script on several environments with several seeds, here or on a Slurm cluster.
 
     python benchmark/run.py --command "python ppo.py" --env-ids CartPole-v1 Acrobot-v1 --workers 2
-    python benchmark/run.py --command "python ppo.py" --env-ids CartPole-v1 --save results/cartpole
+    python benchmark/run.py --command "python ppo.py" --env-ids CartPole-v1 --evaluate 100 \\
+        --save results/cartpole
     python benchmark/run.py --command "python ppo_atari.py --track" \\
-        --env-ids PongNoFrameskip-v4 --slurm --gpus 1
+        --env-ids PongNoFrameskip-v4 --slurm --gpus 1 --time 24:00:00
 
 Started again, it leaves out the runs that are finished and goes on with the others from their
 checkpoints: a run in runs/ belongs to a command if all of its arguments are those that the command
-asks for. What a run prints is added to runs/logs/ENV_ID__EXP_NAME__SEED.log. A run that fails does
-not stop the others; the exit code is then 1. Ctrl-C stops all of them after their current
-iteration, with checkpoints; a second one at once.
+asks for, but for those that change nothing of what is trained, such as --track. What a run prints
+is added to runs/logs/ENV_ID__EXP_NAME__SEED.log. A run that fails does not stop the others; the
+exit code is then 1. Ctrl-C stops all of them after their current iteration, with checkpoints; a
+second one at once.
+
+No run is trained twice at a time: a run that another run.py trains is left out, and so is on Slurm
+one that is in the queue already. With --slurm, --save has the report written by a job of its own,
+when all runs have ended well.
 """
 
 import contextlib
+import fcntl
 import glob
-import importlib.util
+import io
 import os
 import shlex
 import shutil
@@ -22,18 +29,36 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import ModuleType
 
+import cloudpickle
+import common
 import submitit
 import tyro
-from common import refuse
+from common import (
+    KEEPING,
+    check_save,
+    check_writable,
+    count_steps,
+    load_script,
+    read_checkpoint,
+    read_evaluation,
+    refuse,
+)
 from tqdm import tqdm
 
 RUNS = Path("runs")
 LOGS = RUNS / "logs"
+PROGRAMS = Path(__file__).resolve().parent
+
+# Exit codes of a script that was asked to stop by SIGHUP, SIGINT or SIGTERM, and has saved
+STOPPED = (128 + signal.SIGHUP, 128 + signal.SIGINT, 128 + signal.SIGTERM)
+
+# A Slurm job carries this module along, because the node does not find it by its name
+cloudpickle.register_pickle_by_value(common)
 
 
 @dataclass
@@ -46,10 +71,12 @@ class Args:
     """runs on each environment"""
     start_seed: int = 1
     """the first seed; the others follow it"""
-    workers: int = 1
-    """runs at a time"""
+    workers: int | None = None
+    """runs at a time; if not given, one, or on Slurm all"""
     threads: int | None = None
-    """threads of each run; if not given, its share of the cores, or --cpus on Slurm"""
+    """threads of each run; if not given, one for small networks, else its share of the cores"""
+    evaluate: int = 0
+    """episodes that evaluate.py plays with the agent of each finished run"""
     save: Path | None = None
     """when all are finished, report.py writes its files under this name"""
 
@@ -57,8 +84,12 @@ class Args:
     """submit the runs as one job array, and end"""
     partition: str | None = None
     """Slurm: partition"""
-    time: int = 24
-    """Slurm: hours that a run may take before it is requeued"""
+    account: str | None = None
+    """Slurm: account that is charged"""
+    qos: str | None = None
+    """Slurm: quality of service"""
+    time: str = "24:00:00"
+    """Slurm: what a run may take before it is requeued, in minutes, HH:MM:SS or D-HH:MM:SS"""
     cpus: int = 4
     """Slurm: cores of a run"""
     gpus: int = 0
@@ -68,40 +99,45 @@ class Args:
 
     def __post_init__(self):
         self.check("num_seeds")
-        self.check("workers")
-        self.check("time")
         self.check("cpus")
         self.check("memory")
+        self.check("evaluate", low=0)
+        self.check("gpus", low=0)
+        self.check("start_seed", low=0)
+        if self.workers is not None:
+            self.check("workers")
         if self.threads is not None:
             self.check("threads")
+        if parse_minutes(self.time) < 1:
+            refuse(f"--time {self.time}: must be minutes, HH:MM:SS or D-HH:MM:SS, a minute or more")
 
-    def check(self, name: str) -> None:
-        """Refuses an argument that is less than 1."""
+    def check(self, name: str, low: int = 1) -> None:
+        """Refuses an argument that is less than that."""
         value = getattr(self, name)
-        if value < 1:
-            refuse(f"--{name.replace('_', '-')} {value}: must be at least 1")
+        if value < low:
+            refuse(f"--{name.replace('_', '-')} {value}: must be at least {low}")
 
 
-def load_script(path: str) -> ModuleType:
-    """-> the module of a script, which knows its arguments and its checkpoints.
-
-    Raises ValueError if there is none.
-    """
-    name = Path(path).stem
-    if name in sys.modules:
-        return sys.modules[name]
-
-    spec = importlib.util.spec_from_file_location(name, path)
-    script = importlib.util.module_from_spec(spec)
-    sys.modules[name] = script
+def parse_minutes(text: str) -> int:
+    """A time as Slurm writes it: M, M:S, H:M:S or D-H[:M[:S]] -> minutes; 0 if it is none."""
+    days, dash, rest = text.rpartition("-")
     try:
-        spec.loader.exec_module(script)
-    except OSError as error:
-        raise ValueError(f"cannot read {path}, {error.strerror}") from None
-    if not hasattr(script, "Args") or not hasattr(script, "load_checkpoint"):
-        lacks = "has no Args or no load_checkpoint"
-        raise ValueError(f"{path} {lacks}, so it cannot be gone on with")
-    return script
+        numbers = [int(word) for word in rest.split(":")]
+        days = int(days) if dash else 0
+    except ValueError:
+        return 0
+    if len(numbers) > 3 or min(days, *numbers) < 0:
+        return 0
+
+    if dash or len(numbers) == 3:
+        hours, minutes, *_ = [*numbers, 0]
+    else:
+        hours, minutes = 0, numbers[0]
+    return (24 * days + hours) * 60 + minutes
+
+
+class BusyError(Exception):
+    """Another process trains the run."""
 
 
 class Job:
@@ -110,12 +146,13 @@ class Job:
     Plain data, because Slurm's jobs are pickled. Raises ValueError for what is no training.
     """
 
-    def __init__(self, command: list[str], threads: int):
+    def __init__(self, command: list[str], threads: int | None, episodes: int = 0):
         scripts = [word for word in command if word.endswith(".py")]
         if not scripts:
             raise ValueError(f"{shlex.join(command)} names no script")
         self.command = command
         self.threads = threads
+        self.episodes = episodes  # to play when it is finished
         self.script = scripts[0]
         self.child: subprocess.Popen | None = None
 
@@ -130,30 +167,76 @@ class Job:
     def find_run(self) -> tuple[Path | None, bool]:
         """-> the latest run with these arguments, and whether it is finished."""
         script = load_script(self.script)
+        wanted = leave_out_keeping(self.args)
         run_dirs = sorted(RUNS.glob(f"{glob.escape(self.name)}__*"), reverse=True)
         for run_dir in run_dirs:
             if not (run_dir / "checkpoint.pt").is_file():
                 continue
             checkpoint = script.load_checkpoint(run_dir)
-            args = checkpoint["args"]
-            args["resume"] = None  # a run that was gone on with is no other one
-            if args == self.args:
+            if leave_out_keeping(checkpoint["args"]) == wanted:
                 return run_dir, checkpoint["iteration"] >= self.num_iterations
         return None, False
 
-    def start(self) -> subprocess.Popen | None:
-        """Starts the run where it was left, unless it is finished."""
+    def is_done(self) -> bool:
+        """-> whether it is finished, and evaluated if it is to be."""
         run_dir, finished = self.find_run()
-        if finished:
+        return finished and (self.episodes == 0 or self.is_evaluated(run_dir))
+
+    def is_evaluated(self, run_dir: Path) -> bool:
+        """-> whether so many episodes were played with the last checkpoint of that run."""
+        line = read_evaluation(run_dir, count_steps(read_checkpoint(run_dir)))
+        return line is not None and line.episodes >= self.episodes
+
+    def lock(self) -> io.TextIOBase:
+        """-> a file that is open; until it is closed, nobody else trains the run.
+
+        Raises BusyError if somebody does. The kernel frees it with the last process that has it.
+        """
+        LOGS.mkdir(parents=True, exist_ok=True)
+        file = (LOGS / f"{self.name}.lock").open("w")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.close()
+            raise BusyError(f"{self.name}: another process trains it") from None
+        return file
+
+    def start(self) -> subprocess.Popen | None:
+        """Starts the run where it was left, unless it is finished. Raises BusyError."""
+        with self.lock() as lock:
+            run_dir, finished = self.find_run()
+            if finished:
+                return None
+
+            command = list(self.command)
+            if run_dir is not None:
+                command += ["--resume", str(run_dir)]
+            return self.start_program(command, lock)
+
+    def start_evaluation(self) -> subprocess.Popen | None:
+        """Starts evaluate.py on the finished run, unless it is not asked for or done."""
+        if self.episodes == 0:
+            return None
+        run_dir, _ = self.find_run()
+        if self.is_evaluated(run_dir):
             return None
 
-        command = list(self.command)
-        if run_dir is not None:
-            command += ["--resume", str(run_dir)]
-        environment = dict(os.environ)
-        environment["OMP_NUM_THREADS"] = str(self.threads)
+        num_envs = min(8, self.episodes)
+        command = [sys.executable, str(PROGRAMS / "evaluate.py"), str(run_dir)]
+        command += ["--episodes", str(self.episodes), "--num-envs", str(num_envs)]
+        command += ["--script", self.script]
+        with self.lock() as lock:
+            return self.start_program(command, lock)
 
-        LOGS.mkdir(parents=True, exist_ok=True)
+    def start_program(self, command: list[str], lock: io.TextIOBase) -> subprocess.Popen:
+        """Starts a program that adds to the log; the lock is its own from then on."""
+        environment = dict(os.environ)
+        if self.threads is not None:
+            environment["OMP_NUM_THREADS"] = str(self.threads)
+        # Several threads that wait for one another in a loop take the cores from other runs: on
+        # two cores with two other processes, ppo_atari.py had 16 to 33 steps/s, and 164 with this.
+        environment.setdefault("OMP_WAIT_POLICY", "passive")
+
         with self.log.open("a") as log:
             print("$", shlex.join(command), file=log, flush=True)
             return subprocess.Popen(
@@ -161,6 +244,7 @@ class Job:
                 stdout=log,
                 stderr=log,
                 env=environment,
+                pass_fds=[lock.fileno()],
                 # A session of its own, so that Ctrl-C reaches it through us only
                 start_new_session=True,
             )
@@ -170,27 +254,52 @@ class Job:
         lines = self.log.read_text(errors="replace").splitlines()
         return "\n".join(lines[-num_lines:])
 
+    def read_result(self) -> str:
+        """-> the last line that tells a result, of the training or its evaluation."""
+        lines = self.log.read_text(errors="replace").splitlines()
+        results = [line for line in lines if ": mean return " in line]
+        return results[-1] if results else "finished"
+
     def __call__(self) -> None:
         """What a Slurm job does. Raises RuntimeError if the run fails."""
-        # Slurm's warning reaches the run too, which inherits that it is ignored: it must not end it
-        signum = submitit.JobEnvironment()._usr_sig()
-        handler = signal.signal(signum, signal.SIG_IGN)
-        self.child = self.start()
-        signal.signal(signum, handler)
+        for begin in (self.start, self.start_evaluation):
+            # Slurm's warning reaches the program too, which inherits that it is ignored: it must
+            # not end it
+            signum = submitit.JobEnvironment()._usr_sig()
+            handler = signal.signal(signum, signal.SIG_IGN)
+            try:
+                self.child = begin()
+            except BusyError as error:
+                print(error)
+                return
+            finally:
+                signal.signal(signum, handler)
 
-        if self.child is not None and self.child.wait() != 0:
-            raise RuntimeError(f"{self.name} failed:\n{self.read_log(20)}")
+            returncode = 0 if self.child is None else self.child.wait()
+            if returncode in STOPPED or returncode == -signal.SIGTERM:
+                # Slurm takes the node back, and has told the program too. It will end this job and
+                # requeue it; who returned before would count as having come to an end.
+                print(f"{self.name}: stopped, its state is saved", flush=True)
+                time.sleep(600)
+            if returncode != 0:
+                raise RuntimeError(f"{self.name} failed:\n{self.read_log(20)}")
 
     def checkpoint(self) -> submitit.helpers.DelayedSubmission:
         """Called by submitit before a preemption or the time limit.
 
         The run saves its state, the job is requeued.
         """
-        if self.child is not None:
+        if self.child is not None and self.child.returncode is None:
             self.child.terminate()
             # Not child.wait: this interrupts one, which holds its lock
-            os.waitid(os.P_PID, self.child.pid, os.WEXITED | os.WNOWAIT)
-        return submitit.helpers.DelayedSubmission(Job(self.command, self.threads))
+            with contextlib.suppress(ChildProcessError):  # it has ended meanwhile
+                os.waitid(os.P_PID, self.child.pid, os.WEXITED | os.WNOWAIT)
+        return submitit.helpers.DelayedSubmission(Job(self.command, self.threads, self.episodes))
+
+
+def leave_out_keeping(args: dict) -> dict:
+    """-> the arguments of a script that say what is trained."""
+    return {name: value for name, value in args.items() if name not in KEEPING}
 
 
 class Queue:
@@ -199,7 +308,8 @@ class Queue:
     def __init__(self, jobs: list[Job], workers: int):
         self.jobs = jobs
         self.workers = workers
-        self.children: dict[str, subprocess.Popen] = {}  # the running ones, by their jobs' names
+        self.children: set[subprocess.Popen] = set()  # the running ones
+        self.busy: set[Job] = set()  # those that another process trains
         self.stopping = threading.Event()
 
     def run(self) -> int:
@@ -224,25 +334,34 @@ class Queue:
 
     def train(self, job: Job) -> bool:
         """Runs one job to its end, in a thread of the pool -> whether it is finished."""
-        if self.stopping.is_set():
-            return False
-        child = job.start()
-        if child is None:  # it has been finished before
-            return True
+        for begin in (job.start, job.start_evaluation):
+            if self.stopping.is_set():
+                return False
+            try:
+                child = begin()
+            except BusyError:
+                self.busy.add(job)
+                return False
+            if child is None:  # it has been done before
+                continue
 
-        self.children[job.name] = child
-        if self.stopping.is_set():  # Ctrl-C came while it started
-            child.terminate()
-        returncode = child.wait()
-        del self.children[job.name]
-        return returncode == 0
+            self.children.add(child)
+            if self.stopping.is_set():  # Ctrl-C came while it started
+                child.terminate()
+            returncode = child.wait()
+            self.children.remove(child)
+            if returncode != 0:
+                return False
+        return True
 
     def show(self, job: Job, finished: bool) -> None:
         """Says what has become of a job, in its own last words."""
-        if not finished:
+        if job in self.busy:
+            message = f"{job.name}: left out, another process trains it"
+        elif not finished:
             message = f"{job.name}: failed, {job.log} ends with\n{job.read_log(20)}"
         elif job.log.exists():
-            message = f"{job.name}: {job.read_log(1)}"
+            message = f"{job.name}: {job.read_result()}"
         else:
             message = f"{job.name}: finished"
         tqdm.write(message, sys.stderr)
@@ -253,43 +372,115 @@ class Queue:
         with contextlib.suppress(KeyboardInterrupt):
             advice = "which save their state; Ctrl-C again kills them"
             tqdm.write(f"stopping {len(self.children)} runs, {advice}", sys.stderr)
-            for child in list(self.children.values()):
+            for child in list(self.children):
                 child.terminate()
             pool.shutdown()
-        for child in list(self.children.values()):  # none, but for a second Ctrl-C
+        for child in list(self.children):  # none, but for a second Ctrl-C
             child.kill()
 
 
-def submit(args: Args, jobs: list[Job]) -> None:
-    """Submits all as one Slurm job array, of which so many run at a time."""
+def ask_slurm(command: str) -> list[str]:
+    """-> the words that one of Slurm's programs prints. Raises RuntimeError or OSError."""
+    result = subprocess.run(shlex.split(command), capture_output=True, text=True)
+    if result.returncode != 0:
+        raise RuntimeError(f"{command}: {result.stderr}")
+    return result.stdout.split()
+
+
+def leave_out_queued(jobs: list[Job]) -> tuple[list[Job], set[str]]:
+    """-> the jobs that are not in Slurm's queue, and the arrays of those that are.
+
+    runs/logs/NAME.slurm has what a job was submitted as. Raises RuntimeError or OSError.
+    """
+    alive = ask_slurm("squeue --noheader --array --me --format=%i")
+    rest = []
+    arrays = set()
+    for job in jobs:
+        note = LOGS / f"{job.name}.slurm"
+        job_id = note.read_text().strip() if note.exists() else ""
+        if job_id in alive:
+            arrays.add(job_id.split("_")[0])
+        else:
+            rest.append(job)
+    return rest, arrays
+
+
+def check_cpus(args: Args) -> None:
+    """Refuses what no node can give: such a job would wait for ever, and not say why."""
+    command = "sinfo --noheader --Node --format=%c"
+    if args.partition is not None:
+        command += f" --partition {shlex.quote(args.partition)}"
+    cores = max(map(int, ask_slurm(command)), default=0)
+    if args.cpus > cores:
+        refuse(f"--cpus {args.cpus}: no node of the partition has more than {cores} cores")
+
+
+def make_executor(args: Args, **others) -> submitit.SlurmExecutor:
+    """-> what submits jobs that take what args ask for. Raises RuntimeError without Slurm."""
+    executor = submitit.SlurmExecutor(folder=LOGS / "slurm", max_num_timeout=100)
+    executor.update_parameters(
+        partition=args.partition,
+        account=args.account,
+        qos=args.qos,
+        time=parse_minutes(args.time),
+        mem=f"{args.memory}GB",
+        **others,
+    )
+    return executor
+
+
+def submit(args: Args, jobs: list[Job], all_jobs: list[Job]) -> None:
+    """Submits the jobs as one Slurm job array, and one more job that writes the report of all."""
     try:
-        executor = submitit.SlurmExecutor(folder=LOGS / "slurm", max_num_timeout=100)
-        executor.update_parameters(
+        executor = make_executor(
+            args,
             job_name=Path(jobs[0].script).stem,
-            array_parallelism=args.workers,
-            partition=args.partition,
-            time=60 * args.time,
+            array_parallelism=args.workers or len(jobs),
             cpus_per_task=args.cpus,
             gpus_per_node=args.gpus or None,
-            mem=f"{args.memory}GB",
             additional_parameters={"requeue": True},
         )
+        check_cpus(args)
+        waiting, arrays = leave_out_queued(jobs)
+        if len(waiting) < len(jobs):
+            print(f"{len(jobs) - len(waiting)} runs are in the queue already")
+        if not waiting:
+            return
+
         with executor.batch():
-            submitted = [executor.submit(job) for job in jobs]
+            submitted = [executor.submit(job) for job in waiting]
+        for job, task in zip(waiting, submitted, strict=True):
+            (LOGS / f"{job.name}.slurm").write_text(task.job_id)
+        array = submitted[0].job_id.split("_")[0]
+        print(f"submitted {len(submitted)} runs as job array {array}; logs in {LOGS}")
+
+        if args.save is not None:
+            arrays.add(array)
+            reporter = make_executor(
+                args,
+                job_name="report",
+                cpus_per_task=1,
+                additional_parameters={
+                    "dependency": "afterok:" + ":".join(sorted(arrays)),
+                    "kill-on-invalid-dep": "yes",
+                },
+            )
+            report = reporter.submit(write_report, all_jobs, args.save)
+            print(f"submitted the report of all, {args.save}, as job {report.job_id}")
     except (RuntimeError, OSError, submitit.core.utils.FailedJobError) as error:
         refuse(f"--slurm: {error}")
-    array = submitted[0].job_id.split("_")[0]
-    print(f"submitted {len(submitted)} runs as job array {array}; logs in {LOGS}")
 
 
-def count_threads(args: Args) -> int:
-    """-> threads of each run."""
+def count_threads(args: Args, script: str) -> int:
+    """-> threads of each run. Raises ValueError if the script is none."""
     if args.threads is not None:
         return args.threads
+    if "use_one_thread" in vars(load_script(script)):  # its network is too small for more
+        return 1
     if args.slurm:
         return args.cpus
     cores = os.cpu_count() or 1
-    return max(1, cores // args.workers)
+    return max(1, cores // (args.workers or 1))
 
 
 def make_jobs(args: Args) -> list[Job]:
@@ -297,51 +488,55 @@ def make_jobs(args: Args) -> list[Job]:
     command = shlex.split(args.command)
     if not command or shutil.which(command[0]) is None:
         refuse(f"--command {args.command}: there is no such program")
-    if len(set(args.env_ids)) < len(args.env_ids):
-        refuse(f"--env-ids {' '.join(args.env_ids)}: the same environment twice")
     if RUNS.exists() and not RUNS.is_dir():
         refuse(f"{RUNS}: is a file, where the folder of the runs should be")
 
     jobs = []
-    threads = count_threads(args)
     for seed in range(args.start_seed, args.start_seed + args.num_seeds):
         for env_id in args.env_ids:
             options = ["--env-id", env_id, "--seed", str(seed)]
             try:
-                jobs.append(Job(command + options, threads))
+                job = Job(command + options, args.threads, args.evaluate)
+                job.threads = count_threads(args, job.script)
             except ValueError as error:
                 refuse(f"--command: {error}")
+            jobs.append(job)
+
+    # By the names that the script gives them: it may know one environment by two names
+    names = {job.name for job in jobs}
+    if len(names) < len(jobs):
+        refuse(f"--env-ids {' '.join(args.env_ids)}: the same environment twice")
     return jobs
 
 
-def write_report(jobs: list[Job], save: Path) -> int:
-    """Has report.py write its files -> its exit code."""
-    program = Path(__file__).with_name("report.py")
+def write_report(jobs: list[Job], save: Path) -> None:
+    """Has report.py write its files. Raises RuntimeError if it does not."""
     run_dirs = [str(job.find_run()[0]) for job in jobs]
-    command = [sys.executable, str(program), *run_dirs, "--save", str(save)]
-    return subprocess.run(command).returncode
+    command = [sys.executable, str(PROGRAMS / "report.py"), *run_dirs, "--save", str(save)]
+    command += ["--script", jobs[0].script]
+    if subprocess.run(command).returncode != 0:
+        raise RuntimeError("report.py failed")
 
 
 def main(args: Args) -> int:
     """-> the exit code."""
     jobs = make_jobs(args)
-    unfinished = []
-    for job in jobs:
-        _, finished = job.find_run()
-        if not finished:
-            unfinished.append(job)
-    print(f"{len(jobs)} runs, of which {len(jobs) - len(unfinished)} are finished")
+    check_writable(LOGS / "new", "logs:")
+    if args.save is not None:
+        check_save(args.save)
+    todo = [job for job in jobs if not job.is_done()]
+    print(f"{len(jobs)} runs, of which {len(jobs) - len(todo)} are finished", flush=True)
 
-    if args.slurm and unfinished:
-        submit(args, unfinished)
+    if args.slurm and todo:
+        submit(args, todo, jobs)
         return 0
 
     # A SIGTERM stops all as Ctrl-C does
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     failed = 0
     try:
-        if unfinished:
-            failed = Queue(unfinished, args.workers).run()
+        if todo:
+            failed = Queue(todo, args.workers or 1).run()
     except KeyboardInterrupt:
         print("stopped; started again, it goes on", file=sys.stderr)
         return 130
@@ -349,7 +544,10 @@ def main(args: Args) -> int:
         return 1
 
     if args.save is not None:
-        return write_report(jobs, args.save)
+        try:
+            write_report(jobs, args.save)
+        except RuntimeError:  # it has said why
+            return 1
     return 0
 
 

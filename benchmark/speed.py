@@ -21,7 +21,6 @@ rest is the network's.
 """
 
 import datetime
-import importlib
 import importlib.metadata
 import json
 import shlex
@@ -35,9 +34,10 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal
 
+import common
 import gymnasium as gym
 import tyro
-from common import ROOT, describe_machine, find_commit
+from common import ROOT, check_writable, describe_machine, find_commit, refuse
 from tqdm import tqdm
 
 # Environment steps of one run, about a minute or less
@@ -75,6 +75,12 @@ class Args:
     run: str | None = None
     """only run this contestant, once, and print its steps/s (the child processes use it)"""
 
+    def __post_init__(self):
+        if self.repeats < 1:
+            refuse(f"--repeats {self.repeats}: must be at least 1")
+        if self.run is not None and self.run not in list_contestants(self):
+            refuse(f"--run {self.run}: is none of {', '.join(list_contestants(self))}")
+
 
 def list_contestants(args: Args) -> list[str]:
     """-> the names of all, the one that the others are compared with first."""
@@ -88,15 +94,29 @@ def list_contestants(args: Args) -> list[str]:
 
 def load_script(args: Args, name: str) -> tuple[ModuleType, Any]:
     """-> the script of that name, and its Args for one run."""
-    sys.path.insert(0, str(ROOT))
-    script = importlib.import_module(name)
-    script_args = script.Args(total_timesteps=args.steps or STEPS[args.script], cuda=False)
+    script = common.load_script(ROOT / f"{name}.py")
+    steps = STEPS[args.script] if args.steps is None else args.steps
+    script_args = script.Args(total_timesteps=steps, cuda=False)
 
     if args.env_id is not None:
         script_args = replace(script_args, env_id=args.env_id)
     elif args.script == "ppo_atari_envpool":  # a name that both scripts know
         script_args = replace(script_args, env_id="BreakoutNoFrameskip-v4")
     return script, script_args
+
+
+def check_args(args: Args) -> None:
+    """Refuses what would fail when some of the runs are measured already."""
+    for name in {args.script, BESIDE.get(args.script, args.script)}:
+        script = common.load_script(ROOT / f"{name}.py")
+        needed = 2 * script.Args().batch_size  # the first iteration is left out
+        if args.steps is not None and args.steps < needed:
+            refuse(f"--steps {args.steps}: must be at least two rollouts of {name}.py, {needed}")
+
+        _, script_args = load_script(args, name)
+        script.make_envs(replace(script_args, num_envs=1, num_minibatches=1)).close()
+    if args.save is not None:
+        check_writable(args.save, "--save")
 
 
 def measure_script(args: Args, name: str, compiled: bool) -> float:
@@ -276,6 +296,8 @@ def main(args: Args) -> None:
     if args.run is not None:
         print(measure(args, args.run))
         return
+
+    check_args(args)
 
     # All have their turn before any has its next one
     contestants = list_contestants(args)

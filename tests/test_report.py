@@ -22,13 +22,14 @@ SMALL = dict(num_envs=2, num_steps=64, num_minibatches=2, update_epochs=1)
 def folder(tmp_path_factory):
     """Runs of ppo.py: three seeds on CartPole-v1, one with other arguments, Acrobot-v1 once.
 
-    The last is too short for an episode.
+    The second seed is filmed. Acrobot-v1 is too short for an episode.
     """
     folder = tmp_path_factory.mktemp("report")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         for seed in (1, 2, 3):
-            ppo.main(ppo.Args(**SMALL, seed=seed, total_timesteps=4096))
+            kept = dict(capture_video=seed == 2, checkpoint_interval=7 * seed)
+            ppo.main(ppo.Args(**SMALL, **kept, seed=seed, total_timesteps=4096))
         ppo.main(ppo.Args(**SMALL, gamma=0.9, anneal_lr=False, total_timesteps=2048))
         ppo.main(ppo.Args(**SMALL, env_id="Acrobot-v1", total_timesteps=256))
     return folder
@@ -47,6 +48,9 @@ def files(folder):
     ]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
+    acrobot = next(name for name in runs if "Acrobot" in name)
+    reason = "no episode has ended yet, so there is no return to report"
+    assert result.stderr == f"left out: {acrobot}: {reason}\n"
     return folder / "out" / "all", result.stdout
 
 
@@ -57,7 +61,7 @@ def last_hundred(run_dir: Path) -> float:
 def test_runs(folder, files):
     """Fails when a result is not the mean of the last 100 episodes, or its origin is not told."""
     runs = pd.read_csv(f"{files[0]}_runs.csv")
-    assert len(runs) == 5
+    assert len(runs) == 4 and set(runs.env_id) == {"CartPole-v1"}
     for _, run in runs.iterrows():
         run_dir = folder / "runs" / run.run
         steps = [step for step, _ in scalars(run_dir, "charts/SPS")]
@@ -67,11 +71,8 @@ def test_runs(folder, files):
         )
         assert re.match(r"[0-9a-f]{40}$", run.commit) and re.match(r"\d{4}-\d\d-\d\d$", run.date)
         assert "core" in run.machine
-        if run.env_id == "CartPole-v1":
-            assert run.mean_return == pytest.approx(last_hundred(run_dir), abs=1e-4)
-            assert 1e-6 < run.hours < 0.1
-        else:
-            assert (run.episodes, np.isnan(run.mean_return)) == (0, True)
+        assert run.mean_return == pytest.approx(last_hundred(run_dir), abs=1e-4)
+        assert 1e-6 < run.hours < 0.1 and run.episodes > 0
     commands = set(runs.command)
     sizes = "--num-envs 2 --num-steps 64 --num-minibatches 2 --update-epochs 1"
     assert f"python ppo.py --total-timesteps 4096 {sizes}" in commands
@@ -111,7 +112,12 @@ def test_table(folder, files):
         and high <= max(scores) + 0.1
     )
     assert three[4:6] == ["3", "4,096 of 500,000"] and three[8:] == ["492.4 ± 13.1", "497.5 ± 4.0"]
-    assert {cells[5] for cells in others} == {"2,048 of 500,000", "256 of 500,000"}
+    assert [cells[5] for cells in others] == ["2,048 of 500,000"] and "nan" not in text
+
+
+def legend_of(panel) -> list[str]:
+    """-> the names in its legend, each on one line."""
+    return [" ".join(text.get_text().split()) for text in panel.get_legend().get_texts()]
 
 
 def test_plots(files, tmp_path, monkeypatch):
@@ -121,16 +127,76 @@ def test_plots(files, tmp_path, monkeypatch):
     for over in ("step", "hours"):
         report.plot(curves, over, tmp_path / f"{over}.png")
         assert (tmp_path / f"{over}.png").read_bytes().startswith(b"\x89PNG")
-        panels = report.plt.gcf().axes
-        assert [panel.get_title() for panel in panels] == ["Acrobot-v1", "CartPole-v1"]
-        (three,) = (
-            line for line in panels[1].lines if line.get_label().split()[-2:] == ["3", "seeds"]
-        )
+        figure = report.plt.gcf()
+        (panel,) = figure.axes
+        assert panel.get_title() == "CartPole-v1"
+        (three,) = (line for line in panel.lines if line.get_label().split()[-2:] == ["3", "seeds"])
         ends = curves[curves.steps == 4096].groupby("seed").mean_return.last()
         assert three.get_ydata()[-1] == pytest.approx(ends.mean(), rel=0.05)
-        assert len(panels[1].lines) == len(panels[1].collections) == 2
+        assert len(panel.collections) == 1  # one seed has no band
+        names = legend_of(panel)
+        assert len(names) == 4 and names[2:] == [
+            "published: 492.4 at 500,000",
+            "baselines: 497.5 at 500,000",
+        ]
+        assert [line.get_ydata()[0] for line in panel.lines[2:]] == [492.40, 497.54]
+        assert "band: one standard deviation" in figure.get_supxlabel()
     for name in ("steps", "hours"):
         assert Path(f"{files[0]}_{name}.png").is_file()
+
+
+def make_curves(script: str, env_id: str, returns: list[list[float]], end: int) -> pd.DataFrame:
+    """-> curves as report.py writes them, of a seed for each list of returns."""
+    tables = []
+    for seed, values in enumerate(returns):
+        steps = np.linspace(0, end, len(values) + 1)[1:]
+        table = {"step": steps, "hours": steps / 1e6, "mean_return": values, "seed": seed}
+        tables.append(pd.DataFrame(table))
+    names = {"script": script, "env_id": env_id, "command": f"python {script}", "steps": end}
+    return pd.concat(tables).assign(**names)
+
+
+def test_scripts_on_one_environment_share_a_panel(tmp_path, monkeypatch):
+    """Fails when they have a panel each, their published lines are missing or look the same."""
+    monkeypatch.setattr(report.plt, "close", lambda figure: None)
+    for first, second, env_id, entries in (
+        ("ppo_atari.py", "ppo_atari_lstm.py", "BreakoutNoFrameskip-v4", 6),
+        ("ppo_multidiscrete.py", "ppo_multidiscrete_mask.py", "MicrortsMining-v1", 4),
+    ):
+        curves = [make_curves(name, env_id, [[1.0, 2.0]], 10**6) for name in (first, second)]
+        report.plot(pd.concat(curves), "step", tmp_path / "both.png")
+        figure = report.plt.gcf()
+        (panel,) = figure.axes
+        names = legend_of(panel)
+        assert len(names) == len({*names}) == entries
+        for script in (first, second):
+            assert any(name.startswith(f"{script}, published: ") for name in names)
+        assert len({line.get_color() for line in panel.lines}) == 2
+
+        # The legend stands beside the curves, and within the figure
+        figure.canvas.draw()
+        legend = panel.get_legend().get_window_extent()
+        assert legend.x0 >= panel.get_window_extent().x1
+        assert legend.x1 <= figure.bbox.x1 and legend.y0 >= figure.bbox.y0
+
+
+def test_the_band_ends_where_the_seeds_do(tmp_path, monkeypatch):
+    """Fails when it is drawn where no seed was, such as above the highest possible return."""
+    monkeypatch.setattr(report.plt, "close", lambda figure: None)
+    curves = make_curves("ppo.py", "CartPole-v1", [[500.0, 500], [500, 500], [100, 100]], 500_000)
+    report.plot(curves, "step", tmp_path / "band.png")
+    (band,) = report.plt.gcf().axes[0].collections
+    heights = band.get_paths()[0].vertices[:, 1]
+    assert heights.max() == 500 and heights.min() == pytest.approx(1100 / 3 - 188.6, abs=0.1)
+
+
+def test_points_of_a_published_curve(tmp_path, monkeypatch):
+    """Fails when they are left out, or drawn far beyond what was trained."""
+    monkeypatch.setattr(report.plt, "close", lambda figure: None)
+    curves = make_curves("ppo_procgen.py", "starpilot", [[1.0, 8.6]], 1_032_192)
+    report.plot(curves, "step", tmp_path / "curve.png")
+    points = report.plt.gcf().axes[0].lines[-1]
+    assert points.get_xdata().tolist() == [1_032_192] and points.get_ydata().tolist() == [8.72]
 
 
 def test_pauses_are_no_training():
@@ -142,10 +208,91 @@ def test_pauses_are_no_training():
 def test_published_numbers_of_renamed_tasks():
     """Fails when -v4 tasks lose the numbers of their -v2, or another script's are taken."""
     hopper = report.find_published("ppo_continuous_action.py", "Hopper-v4")
-    assert hopper.baselines_mean == 2518.95
-    assert report.find_published("ppo_continuous_action.py", "Ant-v4") is None
+    assert hopper["mean"][hopper.column == "baselines"].tolist() == [2518.95, 2316.2]
+    assert set(hopper.published_as) == {"Hopper-v2", "Hopper"}
+    assert report.find_published("ppo_continuous_action.py", "Ant-v4").empty
     pong = report.find_published("ppo_atari_lstm.py", "PongNoFrameskip-v4")
-    assert pong.seed_script_mean == 19.78
+    assert pong["mean"].tolist() == [19.78, 19.79]
+
+
+def test_published_numbers_have_sources():
+    """Fails when a number has none, or a column that no table shows."""
+    published = pd.read_csv(ROOT / "benchmark" / "published_results.csv")
+    needed = published.drop(columns=["std", "seeds"])
+    assert needed.notna().all(axis=None) and set(published.column) == {"published", "baselines"}
+    assert not published.duplicated(["script", "env_id", "steps", "column", "by"]).any()
+    assert all((ROOT / script).is_file() for script in published.script)
+
+
+@pytest.mark.parametrize(
+    ("script", "env_id", "column", "steps", "text"),
+    [
+        ("ppo_procgen.py", "starpilot", "baselines", 500_000, "34.0 ± 7.9, 34.2 (OpenAI)"),
+        (
+            "ppo_procgen.py",
+            "starpilot",
+            "baselines",
+            1_032_192,
+            "34.0 ± 7.9, 34.2 (OpenAI), 8.7 (OpenAI) at 1,032,192 of 25,000,000",
+        ),
+        (
+            "ppo_continuous_action.py",
+            "HalfCheetah-v4",
+            "baselines",
+            249_856,
+            "2152.3 ± 1159.8, 1668.6 (OpenAI), 997.0 (OpenAI) at 250,000 of 1,000,000",
+        ),
+        (
+            "ppo_multidiscrete_mask.py",
+            "MicrortsMining-v1",
+            "published",
+            999_424,
+            "39.98 ± 0.04 (gym-microrts) at 500,000",
+        ),
+        ("ppo_atari_envpool.py", "Pong-v5", "baselines", 10**7, ""),
+    ],
+)
+def test_an_unfinished_run_stands_beside_a_published_curve(script, env_id, column, steps, text):
+    """Fails when a number after other steps passes for one after the run's."""
+    published = report.find_published(script, env_id)
+    assert report.describe_published(published[published.column == column], steps) == text
+
+
+def test_evaluated_mean_beside_that_of_training(folder, tmp_path, capsys):
+    """Fails when it is not shown, or one of an older agent or of greedy actions is taken for it."""
+    run_dirs = []
+    for seed in (1, 2):
+        run_dir = min((folder / "runs").glob(f"CartPole-v1__ppo__{seed}__*"))
+        run_dirs.append(Path(shutil.copytree(run_dir, tmp_path / run_dir.name)))
+        lines = {"trained_steps": [2048, 4096, 4096], "greedy": [False, False, True]}
+        lines |= {"mean": [1.0, 40.0 + 10 * seed, 3.0], "episodes": [5, 6, 7]}
+        pd.DataFrame(lines).to_csv(run_dirs[-1] / "evaluation.csv", index=False)
+
+    report.main(report.Args(run_dirs, tmp_path / "out"))
+    table = capsys.readouterr().out
+    head, _, row = table.splitlines()
+    cells = dict(zip(head.split(" | "), row.split(" | "), strict=True))
+    assert cells["evaluated"] == "55.0 ± 5.0"
+    assert pd.read_csv(tmp_path / "out_runs.csv").evaluated_episodes.tolist() == [6, 6]
+
+    (run_dirs[0] / "evaluation.csv").unlink()  # of one seed alone, it would be no mean over seeds
+    report.main(report.Args(run_dirs, tmp_path / "out"))
+    assert "evaluated" not in capsys.readouterr().out
+
+
+def test_a_copied_script_is_given_by_its_path(folder, tmp_path, capsys):
+    """Fails when a copy cannot be reported, or its name alone has it imported from anywhere."""
+    run_dir = min((folder / "runs").glob("CartPole-v1__ppo__1__*"))
+    run_dir = shutil.copytree(run_dir, tmp_path / run_dir.name)
+    checkpoint = torch.load(run_dir / "checkpoint.pt", weights_only=True) | {"script": "random"}
+    torch.save(checkpoint, run_dir / "checkpoint.pt")
+    copy = Path(shutil.copy(ROOT / "ppo.py", tmp_path / "random.py"))
+
+    with pytest.raises(SystemExit):
+        report.main(report.Args([run_dir], tmp_path / "out"))
+    assert "none of the eight scripts; say where it is, as in --script" in capsys.readouterr().err
+    report.main(report.Args([run_dir], tmp_path / "out", script=[copy]))
+    assert "| random.py --exp-name ppo --total-timesteps 4096 " in capsys.readouterr().out
 
 
 def test_a_repeated_run_counts_once(folder, tmp_path, capsys, monkeypatch):
@@ -175,12 +322,16 @@ def test_readme_shows_what_was_measured():
 
 def test_bad_input_is_one_line(tmp_path):
     """Fails when what is no run ends in a traceback."""
+    (tmp_path / "file").write_text("")
     (tmp_path / "run").mkdir()
     torch.save({"script": "ppo", "args": {}}, tmp_path / "run" / "checkpoint.pt")
     for args, line in [
         ([], "report.py: nothing to do"),
         ([tmp_path], "report.py: --save: say where"),
         ([tmp_path, "--save", ""], "report.py: --save: say where"),
+        (["--readme", "--save", ""], "report.py: --save: say where"),
+        (["--save", tmp_path / "x"], "report.py: nothing to do"),
+        ([tmp_path, "--save", tmp_path / "file" / "x"], f"report.py: --save {tmp_path}/file/x"),
     ]:
         command = [sys.executable, ROOT / "benchmark" / "report.py", *args]
         result = subprocess.run(list(map(str, command)), capture_output=True, text=True)
@@ -193,7 +344,8 @@ def test_what_is_no_run_is_left_out(folder, tmp_path):
     (tmp_path / "logs").mkdir()
     for name, script in (("new", "ppo"), ("strange", "os")):
         (tmp_path / name).mkdir()
-        torch.save({"script": script, "args": {}}, tmp_path / name / "checkpoint.pt")
+        checkpoint = {"script": script, "args": {}, "iteration": 0}
+        torch.save(checkpoint, tmp_path / name / "checkpoint.pt")
     (good,) = (folder / "runs").glob("CartPole-v1__ppo__2__*")
     bad = [tmp_path / name for name in ("logs", "new", "strange")]
     program = str(ROOT / "benchmark" / "report.py")
@@ -205,7 +357,7 @@ def test_what_is_no_run_is_left_out(folder, tmp_path):
     assert [line.partition(": ")[0] for line in left_out] == ["left out"] * 3
     assert f"{tmp_path}/logs: no run, FileNotFoundError" in result.stderr
     assert f"{tmp_path}/new: has not trained yet" in result.stderr
-    assert f"{tmp_path}/strange: made by os.py, which is not in" in result.stderr
+    assert f"{tmp_path}/strange: made by os.py, which is none of the eight" in result.stderr
     assert last == "report.py: no run to report"
 
     result = subprocess.run([*command, str(good)], capture_output=True, text=True)

@@ -3,15 +3,16 @@
 Here and through submitit.
 """
 
-import importlib
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import run as run_module
 import submitit
 from conftest import ROOT, load, scalars, wait_until
 
@@ -145,14 +146,171 @@ def test_second_ctrl_c_kills(tmp_path):
             (PPO, "--env-ids", "CartPole-v1", "CartPole-v1"),
             "run.py: --env-ids CartPole-v1 CartPole-v1: the same environment twice",
         ),
+        (
+            (f"python {ROOT}/ppo_procgen.py", "--env-ids", "starpilot", "procgen-starpilot-v0"),
+            "run.py: --env-ids starpilot procgen-starpilot-v0: the same environment twice",
+        ),
+        ((PPO, "--env-ids", "A-v0", "--evaluate", -1), "run.py: --evaluate -1: must be at least 0"),
+        ((PPO, "--env-ids", "A-v0", "--time", "1d"), "run.py: --time 1d: must be minutes"),
+        ((PPO, "--env-ids", "A-v0", "--save", ""), "run.py: --save: say where to write"),
+        (
+            (PPO, "--env-ids", "A-v0", "--save", "file/x"),
+            "run.py: --save file/x",
+        ),
         ((PPO, "--env-ids", "A-v0", "--workers", 0), "run.py: --workers 0: must be at least 1"),
         ((PPO, "--env-ids", "A-v0", "--slurm"), "run.py: --slurm: Could not detect"),
     ],
 )
-def test_bad_input_is_one_line(tmp_path, args, line):
-    result = run(tmp_path, *args)
-    assert (result.returncode, result.stderr.count("\n")) == (2, 1), result.stderr
-    assert result.stderr.startswith(line)
+def test_bad_input_is_one_line(tmp_path, monkeypatch, capsys, args, line):
+    """Fails when a check is taken out, or comes after the training."""
+    (tmp_path / "file").write_text("")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["run.py"])
+    if "--slurm" in args:
+        monkeypatch.setenv("PATH", str(tmp_path))  # without Slurm, be it installed or not
+    assert refused(["--command", *map(str, args)], capsys).startswith(line)
+    assert not runs(tmp_path)
+
+
+def refused(words: list[str], capsys) -> str:
+    """Gives main that command line, checks that it refuses as it should -> its one line."""
+    with pytest.raises(SystemExit) as end:
+        run_module.main(run_module.tyro.cli(run_module.Args, args=words))
+    (line,) = capsys.readouterr().err.splitlines()
+    assert end.value.code == 2
+    return line
+
+
+def test_runs_that_is_a_file_is_one_line(tmp_path, monkeypatch, capsys):
+    """Fails when a file in the way of a folder ends in a traceback."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["run.py"])
+    words = ["--command", PPO, "--env-ids", "CartPole-v1"]
+    (tmp_path / "runs").write_text("")
+    assert refused(words, capsys).startswith("run.py: runs: is a file")
+    (tmp_path / "runs").unlink()
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "logs").write_text("")
+    assert refused(words, capsys).startswith("run.py: logs: runs/logs/new: cannot be written")
+
+
+def test_how_a_run_is_kept_makes_it_no_other_one(tmp_path):
+    """Fails when --track or --capture-video has a finished run trained again."""
+    args = "--env-ids CartPole-v1 --num-seeds 1".split()
+    first = f"{PPO} --total-timesteps 1024 --capture-video"
+    assert run(tmp_path, first, *args).returncode == 0
+    second = f"{PPO} --total-timesteps 1024 --track --checkpoint-interval 3"
+    result = run(tmp_path, second, *args)
+    assert (result.returncode, result.stdout) == (0, "1 runs, of which 1 are finished\n")
+    assert len(runs(tmp_path)) == 1
+
+
+def test_evaluates_what_is_finished(tmp_path):
+    """Fails when agents are not evaluated, or a second time, or the report does not say so."""
+    args = "--env-ids CartPole-v1 --num-seeds 2 --workers 2".split()
+    command = f"{PPO} --total-timesteps 1024"
+    assert run(tmp_path, command, *args).returncode == 0
+    args += ["--evaluate", "5", "--save", "out/x"]
+    result = run(tmp_path, command, *args)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.startswith("2 runs, of which 0 are finished\n| script ")
+    assert result.stderr.count(" 5 episodes, ") == 2
+    assert "| evaluated |" in result.stdout and len(runs(tmp_path)) == 2
+    result = run(tmp_path, command, *args)
+    assert result.stdout.startswith("2 runs, of which 2 are finished\n")
+    for folder in runs(tmp_path):
+        assert (folder / "evaluation.csv").read_text().count("\n") == 2  # the head, and a line
+
+
+def test_a_copied_script(tmp_path):
+    """Fails when a copy is not trained, evaluated and reported, or another module is taken."""
+    copy = shutil.copy(ROOT / "ppo.py", tmp_path / "mine.py")
+    command = f"{sys.executable} {copy} --total-timesteps 1024"
+    args = "--env-ids CartPole-v1 --num-seeds 1 --evaluate 2 --save out/x".split()
+    result = run(tmp_path, command, *args)
+    assert result.returncode == 0, result.stderr
+    assert "| mine.py --total-timesteps 1024 | CartPole-v1 |" in result.stdout
+
+
+def test_nobody_trains_a_run_twice_at_a_time(tmp_path):
+    """Fails when two run.py begin the same run, or the lock outlives the run that holds it."""
+    args = "--env-ids CartPole-v1 --num-seeds 1".split()
+    first = start(tmp_path, f"{PPO} {LONG}", *args)
+    wait_until(lambda: trainers(tmp_path))
+    second = run(tmp_path, f"{PPO} {LONG}", *args)
+    assert second.returncode == 1
+    assert "CartPole-v1__ppo__1: left out, another process trains it" in second.stderr
+    assert len(trainers(tmp_path)) == 1
+
+    # A run whose run.py is killed goes on, and still is nobody else's
+    wait_until(lambda: iteration(tmp_path, "CartPole") > 0)
+    first.kill()
+    first.wait()
+    assert "left out, another process" in run(tmp_path, f"{PPO} {LONG}", *args).stderr
+    (pid,) = trainers(tmp_path)
+    os.kill(pid, signal.SIGKILL)
+    wait_until(lambda: not trainers(tmp_path))
+    third = start(tmp_path, f"{PPO} {LONG}", *args)
+    wait_until(lambda: trainers(tmp_path))
+    third.send_signal(signal.SIGINT)
+    third.communicate(timeout=60)
+    assert len(runs(tmp_path)) == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "script", "threads"),
+    [
+        ("--workers 2", "ppo_atari", (os.cpu_count() or 1) // 2 or 1),
+        ("", "ppo_atari", os.cpu_count() or 1),
+        ("", "ppo", 1),
+        ("--threads 3", "ppo", 3),
+        ("--slurm --cpus 5", "ppo_atari", 5),
+        ("--slurm --cpus 5", "ppo_continuous_action", 1),
+    ],
+)
+def test_threads_of_a_run(options, script, threads):
+    """Fails when small networks get more threads than one, or workers more than there are cores."""
+    path = str(ROOT / f"{script}.py")
+    words = ["--command", path, "--env-ids", "A", *options.split()]
+    args = run_module.tyro.cli(run_module.Args, args=words)
+    assert run_module.count_threads(args, path) == threads
+
+
+def test_threads_wait_passively(tmp_path, monkeypatch):
+    """Fails when threads that wait take the cores from other runs, or a user's word is ignored."""
+    monkeypatch.chdir(tmp_path)
+    printed = []
+    for said in (None, "active"):
+        monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+        if said:
+            monkeypatch.setenv("OMP_WAIT_POLICY", said)
+        job = run_module.Job([*PPO.split(), "--env-id", "CartPole-v1"], 2)
+        code = "import os; print(os.environ['OMP_WAIT_POLICY'], os.environ['OMP_NUM_THREADS'])"
+        with job.lock() as lock:
+            child = job.start_program([sys.executable, "-c", code], lock)
+        assert child.wait() == 0
+        printed.append(job.read_log(1))
+    assert printed == ["passive 2", "active 2"]
+
+
+@pytest.mark.parametrize(
+    ("text", "minutes"),
+    [
+        ("90", 90),
+        ("24:00:00", 1440),
+        ("1:30:59", 90),
+        ("45:30", 45),
+        ("2-12", 3600),
+        ("1-01:30:00", 1530),
+        ("", 0),
+        ("-5", 0),
+        ("1:2:3:4", 0),
+        ("soon", 0),
+    ],
+)
+def test_times_are_slurms(text, minutes):
+    """Fails when a time is read otherwise than Slurm does."""
+    assert run_module.parse_minutes(text) == minutes
 
 
 @pytest.mark.slow
@@ -176,6 +334,8 @@ def slurm(tmp_path, monkeypatch):
         "srun": "",
         "sbatch": 'cp "$1" submitted.sh; echo Submitted batch job 4711',
         "scontrol": "echo $* > asked",
+        "squeue": "cat queue 2> /dev/null || true",
+        "sinfo": "echo 2; echo 4",
     }
     for name, body in programs.items():
         (tmp_path / name).write_text(f"#!/bin/sh\n{body}\n")
@@ -188,8 +348,8 @@ def test_slurm_array(slurm):
     """Fails when Slurm misses an option, or a preempted job is not requeued or begins anew."""
     command = f"{PPO} --total-timesteps 60000 --checkpoint-interval 5"
     what = "--env-ids CartPole-v1 Acrobot-v1 --num-seeds 2"
-    where = "--slurm --partition a100 --gpus 1 --cpus 3 --memory 7 --time 5"
-    how = "--workers 2 --threads 1"
+    where = "--slurm --partition a100 --gpus 1 --cpus 3 --memory 7"
+    how = "--workers 2 --threads 1 --time 5:00:00 --account a1 --qos low"
     result = run(slurm, command, *what.split(), *where.split(), *how.split())
     assert result.returncode == 0, result.stderr
     assert result.stdout.endswith("submitted 4 runs as job array 4711; logs in runs/logs\n")
@@ -197,6 +357,8 @@ def test_slurm_array(slurm):
     wanted = [
         "array=0-3%2",
         "partition=a100",
+        "account=a1",
+        "qos=low",
         "gpus-per-node=1",
         "cpus-per-task=3",
         "mem=7GB",
@@ -235,7 +397,7 @@ def test_submitits_local_executor(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(RUN.parent)
     monkeypatch.setenv("PYTHONPATH", str(RUN.parent))
-    job_class = importlib.import_module("run").Job
+    job_class = run_module.Job
     executor = submitit.LocalExecutor(tmp_path / "submitit")
     executor.update_parameters(timeout_min=5)
     command = [*PPO.split(), "--total-timesteps", "1024", "--env-id"]
