@@ -3,7 +3,7 @@
     python benchmark/report.py runs/*__ppo__* --save benchmark/results/ppo
     python benchmark/report.py runs/*__mine__* --script mine.py --save results/mine
     python benchmark/report.py --readme    # README.md's table, from all that is in results/
-    python benchmark/report.py --redraw    # the figures in results/, from the curves there
+    python benchmark/report.py --redraw    # the figures and tables in results/, from its CSVs
 
 Writes SAVE_runs.csv (a line for each run: its command, steps, hours, result, commit, machine and
 date), SAVE_curves.csv (mean return of the last 100 episodes at 200 steps of each run), SAVE.md (the
@@ -97,7 +97,7 @@ class Args:
     readme: bool = False
     """write README.md's table, from benchmark/results/*_runs.csv"""
     redraw: bool = False
-    """draw the figures in benchmark/results/ anew, from *_curves.csv there"""
+    """make the figures and tables in benchmark/results/ anew, from its CSVs"""
     machine: str = field(default_factory=describe_machine)
     """where the runs were trained, if not here"""
 
@@ -487,11 +487,13 @@ def write_readme() -> None:
 
 
 def redraw() -> None:
-    """Draws the figures of all measured runs anew."""
+    """Makes the figures and tables of all measured runs anew."""
     for path in sorted((ROOT / "benchmark" / "results").glob("*_curves.csv")):
+        save = str(path).removesuffix("_curves.csv")
         curves = pd.read_csv(path)
-        for over, name in (("step", "steps"), ("hours", "hours")):
-            plot(curves, over, Path(str(path).replace("_curves.csv", f"_{name}.png")))
+        plot(curves, "step", Path(f"{save}_steps.png"))
+        plot(curves, "hours", Path(f"{save}_hours.png"))
+        Path(f"{save}.md").write_text(make_table(pd.read_csv(f"{save}_runs.csv")))
 
 
 def main(args: Args) -> None:
