@@ -510,7 +510,10 @@ def make_jobs(args: Args) -> list[Job]:
 
 
 def write_report(jobs: list[Job], save: Path) -> None:
-    """Has report.py write its files. Raises RuntimeError if it does not."""
+    """Has report.py write its files. Raises RuntimeError if it does not, or if it is too early."""
+    unfinished = [job.name for job in jobs if not job.is_done()]
+    if unfinished:  # another process trains it, and had Slurm's job end
+        raise RuntimeError(f"no report yet, {', '.join(unfinished)} not finished")
     run_dirs = [str(job.find_run()[0]) for job in jobs]
     command = [sys.executable, str(PROGRAMS / "report.py"), *run_dirs, "--save", str(save)]
     command += ["--script", jobs[0].script]
@@ -546,7 +549,8 @@ def main(args: Args) -> int:
     if args.save is not None:
         try:
             write_report(jobs, args.save)
-        except RuntimeError:  # it has said why
+        except RuntimeError as error:
+            print(f"run.py: {error}", file=sys.stderr)
             return 1
     return 0
 
