@@ -1,6 +1,6 @@
 """Steps per second of a script beside Stable-Baselines3's PPO with the same hyperparameters.
 
-    pip install -e ".[all]"
+    pip install -e ".[atari,mujoco,envpool,microrts,benchmark]"
     python benchmark/speed.py                          # ppo.py on CartPole-v1, 5 runs of each
     python benchmark/speed.py --script ppo_continuous_action --save halfcheetah.json
     python benchmark/speed.py --script ppo_atari --repeats 3
