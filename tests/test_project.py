@@ -94,6 +94,14 @@ def test_readme_installs_every_extra():
     assert set(command.split(",")) == PROJECT["optional-dependencies"].keys()
 
 
+def test_dockerfile_runs_the_two_commands():
+    """Fails when the Dockerfile runs another command than the two of README.md."""
+    readme = (ROOT / "README.md").read_text()
+    commands = re.findall(r"^pip install -e .* && (?:python ppo\.py|pytest .*)$", readme, re.M)
+    dockerfile = (ROOT / "Dockerfile").read_text()
+    assert re.findall(r"^RUN (pip .*)$", dockerfile, re.M) == commands
+
+
 def test_poetry_pins_what_this_torch_asks_for():
     """Fails when torch is changed, and the CUDA versions for poetry were not looked at."""
     (torch,) = [pin for pin in PROJECT["dependencies"] if pin.startswith("torch==")]
