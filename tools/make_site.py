@@ -1,0 +1,655 @@
+"""Makes the project's site out of the repository's own files.
+
+    pip install -e ".[docs]"
+    python tools/make_site.py
+    python -m http.server --directory site/html    # read it at http://localhost:8000
+
+Writes Markdown pages to site/pages/ and has Zensical build them, by zensical.toml, into site/html/.
+Nothing in there is loaded from elsewhere; only the search needs a server. Nothing is written twice: a page is a document of the
+repository whose links are moved to where they lead on the site, or is put together from scripts,
+docs/details.md and benchmark/results/. A link that leads nowhere ends the build.
+"""
+
+import csv
+import json
+import os
+import re
+import shutil
+import statistics
+import subprocess
+import sys
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, NoReturn
+
+import tyro
+from compare import compare_names, read_script, render_comparison
+
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPTS = sorted(path.name for path in ROOT.glob("ppo*.py"))
+BASELINES = "https://github.com/openai/baselines/blob"
+
+# Where a file of the repository has become a page; other files are copied to site/pages/files/
+PAGES = {
+    "README.md": "index.md",
+    "docs/details.md": "details.md",
+    "docs/recipes.md": "recipes.md",
+    "docs/agents/README.md": "agents.md",
+    "CONTRIBUTING.md": "contributing.md",
+    "CHANGELOG.md": "changelog.md",
+    "benchmark/results": "results.md",
+} | {script: f"scripts/{Path(script).stem}.md" for script in SCRIPTS}
+
+UNSEARCHED = "---\nsearch:\n  exclude: true\n{}---\n\n"
+WIDE = "hide:\n  - navigation\n  - toc\n"
+
+
+@dataclass
+class Args:
+    pages: Annotated[Path, tyro.conf.arg(name="pages")] = ROOT / "site" / "pages"
+    """folder of the generated Markdown; what is in it is replaced"""
+    build: bool = True
+    """have Zensical make HTML of the pages"""
+
+
+@dataclass
+class Detail:
+    """A row of the table in docs/details.md."""
+
+    number: str
+    name: str
+    where: list[str]
+    why: str
+    source: str
+    tests: str
+
+    @property
+    def title(self) -> str:
+        return f"Detail {self.number}: {self.name}"
+
+    @property
+    def anchor(self) -> str:
+        return f"detail-{self.number.lower()}"
+
+
+def refuse(problem: str) -> NoReturn:
+    """Ends the program over something its user can mend: one line on stderr, exit code 2."""
+    print(f"{Path(__file__).name}: {' '.join(problem.split())}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def read(path: str) -> str:
+    """-> the text of a file of the repository."""
+    return (ROOT / path).read_text()
+
+
+def write(pages: Path, page: str, text: str) -> None:
+    """Writes one page."""
+    path = pages / page
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+
+
+def make_link(target: str, page: str) -> str:
+    """-> how that page names another page or file of the site."""
+    path, hash_sign, anchor = target.partition("#")
+    return os.path.relpath(path, Path(page).parent) + hash_sign + anchor
+
+
+def move_links(pages: Path, text: str, source: str, page: str) -> str:
+    """A document of the repository -> the same as a page: its links lead to pages, or to copies.
+
+    source: the document's name; page: that of the page. Refuses a link to a file that is not there.
+    """
+
+    def move(match: re.Match) -> str:
+        target = match["target"]
+        if target is None or target.startswith(("#", "https://", "http://")):
+            return match[0]  # code, or no file
+
+        path, hash_sign, anchor = target.partition("#")
+        path = os.path.normpath(Path(source).parent / path)
+        if not (ROOT / path).exists():
+            refuse(f"{source}: leads to {target}, which is not there")
+        return f"]({make_link(place_file(pages, path) + hash_sign + anchor, page)})"
+
+    code = r"```.*?^ *```|`[^`\n]*`"
+    return re.sub(rf"{code}|\]\((?P<target>[^)\s]+)\)", move, text, flags=re.S | re.M)
+
+
+def place_file(pages: Path, path: str) -> str:
+    """-> where a file of the repository is on the site; it is copied there if it is no page."""
+    if path in PAGES:
+        return PAGES[path]
+    place = f"files/{path}"
+    (pages / place).parent.mkdir(parents=True, exist_ok=True)
+    shutil.copy(ROOT / path, pages / place)
+    return place
+
+
+def cut_section(text: str, title: str) -> str:
+    """-> what stands under a heading of the second rank, without the heading."""
+    found = re.search(rf"^## {re.escape(title)}\n(.*?)(?=^## |\Z)", text, re.M | re.S)
+    if found is None:
+        refuse(f"there is no section '{title}'")
+    return found[1].strip() + "\n"
+
+
+def read_rows(table: str) -> list[list[str]]:
+    """A Markdown table -> its rows of cells, without head and rule."""
+    lines = [line for line in table.splitlines() if line.startswith("|")]
+    return [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines[2:]]
+
+
+def write_table(head: list[str], rows: list[list[str]]) -> str:
+    """-> a Markdown table, "" for one without rows."""
+    if not rows:
+        return ""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines) + "\n\n"
+
+
+def read_details() -> list[Detail]:
+    """-> the rows of the table in docs/details.md."""
+    details = []
+    for line in read("docs/details.md").splitlines():
+        if re.match(r"\| A?\d+ \| .+ \| .+ \| .+ \| .+ \| .+ \|$", line):
+            number, name, where, why, source, tests = line.strip("| ").split(" | ")
+            scripts = SCRIPTS if where == "every script" else re.findall(r"`(\w+\.py)`", where)
+            details.append(Detail(number, name, scripts, why, source, tests))
+    if not details:
+        refuse("docs/details.md: there is no table of details")
+    return details
+
+
+def link_source(source: str) -> str:
+    """The source of a detail -> the same with links to GitHub, where it is a file of baselines.
+
+    "common/distributions.py#L104 (9b68103)" is that file at commit 9b68103; no commit is ea25b9e.
+    """
+    commit = re.search(r"\(([0-9a-f]{7})\)", source)
+    commit = commit[1] if commit else "ea25b9e"
+    folders = r"(?:a2c|common|ppo2)/[\w/]+\.py#L\d+(?:-L\d+)?"
+    return re.sub(
+        folders, lambda match: f"[{match[0]}]({BASELINES}/{commit}/baselines/{match[0]})", source
+    )
+
+
+def cut_detail(script: str, number: str) -> list[tuple[int, str]]:
+    """-> (number of its first line, code) of each place where a script marks this detail.
+
+    It ends before a blank line, the next detail, or what is indented less than its comment.
+    """
+    lines = read(script).splitlines()
+    found = []
+    for index, line in enumerate(lines):
+        if not re.match(rf" *# Detail {number}: ", line):
+            continue
+        margin = len(line) - len(line.lstrip())
+        end = index + 1
+        while end < len(lines) and lines[end].startswith(" " * margin) and lines[end].strip():
+            if re.match(r" *# Detail ", lines[end]):
+                break
+            end += 1
+        code = "\n".join(line[margin:] for line in lines[index:end])
+        found.append((index + 1, code))
+    if not found:
+        refuse(f"{script}: detail {number} is not marked, but docs/details.md says it is there")
+    return found
+
+
+def show_code(script: str, number: str) -> str:
+    """-> a block of code for each place where a script marks this detail."""
+    blocks = []
+    for line, code in cut_detail(script, number):
+        blocks.append(f'```python title="{script}, line {line}" linenums="{line}"\n{code}\n```\n\n')
+    return "".join(blocks)
+
+
+def read_effects(results: Path) -> dict[tuple[str, str], list[dict]]:
+    """-> {(script, number): measured effects of leaving that detail out}, from ablations.csv.
+
+    Empty where nothing has been measured yet. benchmark/ablations.py computes them.
+    """
+    path = results / "ablations.csv"
+    if not path.exists():
+        return {}
+
+    # What takes packages of the extra `benchmark` is imported only if there is something to show
+    sys.path.insert(0, str(ROOT / "benchmark"))
+    import ablations
+    import pandas as pd
+
+    effects = {}
+    lines = pd.read_csv(path, dtype={"detail": str})
+    for (domain, steps), of_domain in lines.groupby(["domain", "total_timesteps"]):
+        changes = ablations.compute_changes(of_domain)
+        for row in changes.to_dict("records"):
+            number, _, name = row["label"].partition(": ")
+            env_ids = [
+                column
+                for column in changes
+                if column not in ablations.NOT_ENV_IDS and not pd.isna(row[column])
+            ]
+            interval = ""
+            if not pd.isna(row["low"]):
+                interval = f"{100 * row['low']:+.0f} to {100 * row['high']:+.0f} %"
+            effect = {
+                "domain": domain,
+                "script": row["script"],
+                "number": number,
+                "instead": name,
+                "change": f"{100 * row['change']:+.0f} %",
+                "interval": interval,
+                "environments": ", ".join(env_ids),
+                "steps": f"{steps:,}",
+            }
+            effects.setdefault((row["script"], number), []).append(effect)
+    return effects
+
+
+def show_effects(effects: list[dict]) -> str:
+    """-> a table of measured effects, "" if there are none."""
+    head = ["script", "instead", "change", "95 %", "environments", "steps"]
+    rows = [
+        [
+            f"`{e['script']}`",
+            e["instead"],
+            e["change"],
+            e["interval"],
+            e["environments"],
+            e["steps"],
+        ]
+        for e in effects
+    ]
+    return write_table(head, rows)
+
+
+def make_documents(pages: Path) -> None:
+    """Documents that are pages as they stand."""
+    for source in (
+        "README.md",
+        "docs/recipes.md",
+        "docs/agents/README.md",
+        "CONTRIBUTING.md",
+        "CHANGELOG.md",
+    ):
+        page = PAGES[source]
+        write(pages, page, move_links(pages, read(source), source, page))
+
+
+def make_details(pages: Path, details: list[Detail], effects: dict) -> None:
+    """docs/details.md, with its table unfolded: a section for each detail, with its code."""
+    text = move_links(pages, read("docs/details.md"), "docs/details.md", "details.md")
+    before, _, after = text.partition("| # | name |")
+    after = after[after.index("\n\n") :]
+    parts = ["---\nsearch:\n  boost: 3\n---\n\n", before]
+    for detail in details:
+        parts.append(f"## {detail.title} {{ #{detail.anchor} }}\n\n{capitalize(detail.why)}.\n\n")
+        parts.append(show_code(detail.where[0], detail.number))
+        links = [
+            f"[{script}](scripts/{Path(script).stem}.md#{detail.anchor})" for script in detail.where
+        ]
+        parts.append(
+            f"In {', '.join(links)}. Source: {link_source(detail.source)}. "
+            f"Fails without it: {detail.tests}.\n{{ .facts }}\n\n"
+        )
+        measured = [
+            effect for script in SCRIPTS for effect in effects.get((script, detail.number), [])
+        ]
+        if measured:
+            parts.append("Measured without it, as a part of what the whole recipe gains:\n\n")
+            parts.append(show_effects(measured))
+    parts.append(after)
+    write(pages, "details.md", "".join(parts))
+
+
+def capitalize(text: str) -> str:
+    """-> the same with a capital letter first; code is left as it is."""
+    return text[:1].upper() + text[1:]
+
+
+def find_extra(script: str) -> str | None:
+    """-> the extra of pyproject.toml that a script needs, None if the base is enough."""
+    project = tomllib.loads(read("pyproject.toml"))["project"]
+    (block,) = re.findall(r"^# /// script\n(.*?)^# ///$", read(script), re.M | re.S)
+    needed = tomllib.loads(re.sub(r"^# ?", "", block, flags=re.M))["dependencies"]
+    needed = set(needed) - set(project["dependencies"])
+    if not needed:
+        return None
+    for extra, pins in project["optional-dependencies"].items():
+        if set(pins) == needed:
+            return extra
+    refuse(f"{script}: no extra of pyproject.toml has what it needs beside the base")
+
+
+def show_arguments(script: str) -> str:
+    """-> tables of the arguments, by their groups in Args."""
+    (block,) = re.findall(r"^class Args:\n(.*?)^    (?:@|def )", read(script), re.M | re.S)
+    parts = []
+    rows = []
+    pattern = r'^    # (.+)$|^    (\w+): .+ = (.+)\n    """(.+)"""$'
+    for group, name, default, text in re.findall(pattern, block, re.M):
+        if group:
+            parts.append(write_table(["option", "default", "what it is"], rows))
+            parts.append(f"### {group}\n\n")
+            rows = []
+            continue
+        if default == "Path(__file__).stem":
+            default = f'"{Path(script).stem}"'
+        rows.append([f"`--{name.replace('_', '-')}`", f"`{default}`", text])
+    parts.append(write_table(["option", "default", "what it is"], rows))
+    return "".join(parts)
+
+
+def find_titles() -> dict[str, str]:
+    """-> {name of a result: its title}, from the pictures of README.md."""
+    pictures = re.findall(
+        r"!\[(.+?), mean return .*?\]\(benchmark/results/(\w+)_steps\.png\)", read("README.md")
+    )
+    return {name: title for title, name in pictures}
+
+
+def show_curves(pages: Path, name: str, page: str) -> str:
+    """-> the learning curves of one result, over steps and over hours."""
+    parts = []
+    title = find_titles().get(name, name)
+    for kind, words in (("steps", "environment steps"), ("hours", "hours")):
+        path = f"benchmark/results/{name}_{kind}.png"
+        if (ROOT / path).exists():
+            link = make_link(place_file(pages, path), page)
+            parts.append(f"![{title}, mean return over {words}]({link}){{ loading=lazy }}\n\n")
+    return "".join(parts)
+
+
+def show_results(pages: Path, script: str, page: str) -> str:
+    """-> rows and curves of a script's trainings, beside what is published."""
+    parts = []
+    for path in sorted((ROOT / "benchmark" / "results").glob("*.md")):
+        table = path.read_text()
+        rows = [row for row in read_rows(table) if row[0].split()[0] == script]
+        if rows:
+            head = [cell.strip() for cell in table.splitlines()[0].strip("| ").split(" | ")]
+            parts.append(write_table(head, rows))
+            parts.append(show_curves(pages, path.stem, page))
+    if not parts:
+        return "Nothing has been measured yet.\n\n"
+    return "".join(parts)
+
+
+def show_speed(script: str) -> str:
+    """-> steps per second of a script beside others', "" if it was not measured."""
+    parts = []
+    for path in sorted((ROOT / "benchmark" / "results").glob("speed_*.json")):
+        speed = json.loads(path.read_text())
+        if not any(name.split(" ")[0].strip(",") == script for name in speed["ratio"]):
+            continue
+        rows = []
+        for name, ratio in speed["ratio"].items():
+            median = statistics.median(speed["steps_per_second"][name])
+            rows.append([speed["env_id"], name, f"{median:.0f}", ratio])
+        parts.append(write_table(["environment", "", "median steps/s", "ratio"], rows))
+        parts.append(f"{speed['date']}, {speed['machine']}: `{speed['command']}`\n{{ .facts }}\n\n")
+    return "".join(parts)
+
+
+def make_script_page(pages: Path, script: str, details: list[Detail], effects: dict) -> None:
+    """A page on one script, and one with its text."""
+    stem = Path(script).stem
+    page = PAGES[script]
+    docstring = read(script).split('"""')[1]
+    title, *paragraphs = docstring.strip().split("\n\n")
+    commands = re.sub("^    ", "", paragraphs[0], flags=re.M)
+    extra = find_extra(script)
+    install = f'pip install -e ".[{extra}]"' if extra else "pip install -e ."
+
+    parts = [f"# {script}\n\n{title}\n\n"]
+    agents = json.loads(read("docs/agents/agents.json"))
+    for name, agent in agents.items():
+        if agent["script"] == script:
+            link = make_link(place_file(pages, f"docs/agents/{name}/loop.webp"), page)
+            parts.append(f"![{name}, played by an agent of this script]({link})\n{{ .loop }}\n\n")
+
+    parts.append(f"## Install and use\n\n```sh\n{install}\n{commands}\n```\n\n")
+    parts.append(
+        f"Or `uv run {script}`, which installs what the file names at its top. "
+        f"[The whole script]({stem}-source.md) · {list_comparisons(script, page)}\n\n"
+    )
+    parts += [paragraph + "\n\n" for paragraph in paragraphs[1:]]
+
+    parts.append("## Details\n\n")
+    for detail in details:
+        if script not in detail.where:
+            continue
+        parts.append(f"### {detail.title} {{ #{detail.anchor} }}\n\n{capitalize(detail.why)}.\n\n")
+        parts.append(show_code(script, detail.number))
+        link = make_link(f"details.md#{detail.anchor}", page)
+        parts.append(
+            f"Source: {link_source(detail.source)}. [Everywhere else]({link})\n{{ .facts }}\n\n"
+        )
+        measured = effects.get((script, detail.number), [])
+        if measured:
+            parts.append("Measured without it, as a part of what the whole recipe gains:\n\n")
+            parts.append(show_effects(measured))
+
+    parts.append(f"## Results\n\n{show_results(pages, script, page)}")
+    speed = show_speed(script)
+    if speed:
+        parts.append(f"## Speed\n\n{speed}")
+    parts.append(f"## Arguments\n\n{show_arguments(script)}")
+    metrics = cut_section(read("README.md"), "Logged metrics")
+    parts.append(f"## Logged metrics\n\n{move_links(pages, metrics, 'README.md', page)}")
+    write(pages, page, "".join(parts))
+
+    source = (
+        UNSEARCHED.format("hide:\n  - toc\n")
+        + f"# {script}, the whole script\n\n"
+        + f'```python linenums="1"\n{read(script)}```\n'
+    )
+    write(pages, f"scripts/{stem}-source.md", source)
+
+
+def read_pairs() -> list[tuple[str, str, str]]:
+    """-> (a, b, what the difference shows), from README.md's `diff a b  # words`."""
+    return re.findall(r"^diff (\S+) (\S+) +# (.+)$", read("README.md"), re.M)
+
+
+def name_comparison(a: str, b: str) -> str:
+    """-> the page that compares these two scripts."""
+    return f"compare/{Path(a).stem}--{Path(b).stem}.md"
+
+
+def list_comparisons(script: str, page: str) -> str:
+    """-> links to the comparisons that a script is part of."""
+    links = []
+    for a, b, _ in read_pairs():
+        if script in (a, b):
+            other = b if script == a else a
+            links.append(f"[beside {other}]({make_link(name_comparison(a, b), page)})")
+    return " · ".join(links)
+
+
+def show_names(names: dict[str, list[str]], a: str, b: str) -> str:
+    """-> a list of functions and classes: what differs, with links, and what is equal."""
+
+    def link(name: str) -> str:
+        return f"[`{name}`](#in-{name})"
+
+    lines = []
+    for title, key in (
+        ("In other words", "other words"),
+        (f"Only in {a}", "only in a"),
+        (f"Only in {b}", "only in b"),
+    ):
+        if names[key]:
+            lines.append(f"- **{title}**: {', '.join(map(link, names[key]))}")
+    equal = ", ".join(f"`{name}`" for name in names["equal"])
+    lines.append(f"- **Equal, byte for byte**: {equal}")
+    return "\n".join(lines) + "\n\n"
+
+
+def make_comparisons(pages: Path) -> None:
+    """A page for each pair of README.md, and one that leads to them."""
+    pairs = read_pairs()
+    if not pairs:
+        refuse("README.md: there is no `diff a b  # words`")
+    scripts = {name: read_script(name, read(name)) for name in SCRIPTS}
+
+    rows = []
+    for a, b, words in pairs:
+        page = name_comparison(a, b)
+        names = compare_names(scripts[a], scripts[b])
+        link = f"[{a} → {b}]({make_link(page, 'compare/index.md')})"
+        rows.append([link, words, len(names["equal"]), len(names["other words"])])
+        text = (
+            UNSEARCHED.format(WIDE)
+            + f"# {a} → {b}\n\n{capitalize(words)}. [All comparisons](index.md)\n\n"
+            + show_names(names, a, b)
+            + '<button type="button" class="open-all">Open what is equal</button>\n\n'
+            + render_comparison(scripts[a], scripts[b])
+            + "\n"
+        )
+        write(pages, page, text)
+
+    head = ["from → to", "what it shows", "equal functions", "in other words"]
+    text = (
+        "# Compare\n\n"
+        "Where two scripts do the same thing they say it in the same words, so what is left is the "
+        "difference between two variants of PPO. Functions that are equal, byte for byte, are "
+        "closed; click to open them.\n\n" + write_table(head, rows)
+    )
+    write(pages, "compare/index.md", text)
+
+
+def make_scripts_index(pages: Path) -> None:
+    """The table of README.md's section on scripts, with what follows from it."""
+    text = cut_section(read("README.md"), "The scripts").partition("\nWhere two scripts")[0]
+    page = "scripts/index.md"
+    write(pages, page, "# The scripts\n\n" + move_links(pages, text, "README.md", page))
+
+
+def show_runs(path: Path) -> str:
+    """-> a closed box with every run of a result: seed, return, date, commit, machine, command."""
+    with path.open() as file:
+        runs = list(csv.DictReader(file))
+    rows = []
+    for run in runs:
+        rows.append(
+            [
+                run["env_id"],
+                run["seed"],
+                f"{float(run['mean_return']):.1f}",
+                f"{int(run['steps']):,}",
+                f"{float(run['hours']):.2f}",
+                run["date"],
+                f"`{run['commit'][:7]}`",
+                run["machine"],
+                f"`{run['command']}`",
+            ]
+        )
+    head = ["environment", "seed", "mean return", "steps", "hours", "date", "commit", "machine"]
+    table = write_table([*head, "command"], rows).replace("\n|", "\n    |")
+    return f'??? note "Every run"\n\n    {table}'
+
+
+def make_results(pages: Path, effects: dict) -> None:
+    """All tables and curves of benchmark/results/."""
+    page = "results.md"
+    readme = read("README.md")
+    folder = ROOT / "benchmark" / "results"
+    before = cut_section(readme, "Results").partition("<!-- results -->")[0]
+    parts = ["# Results\n\n", move_links(pages, before, "README.md", page), "\n"]
+    titles = find_titles()
+    for path in sorted(folder.glob("*.md")):
+        name = path.stem
+        title = titles.get(name)
+        parts.append(f"## {title} ({name})\n\n" if title else f"## {name}\n\n")
+        parts.append(path.read_text().strip() + "\n\n")
+        parts.append(show_curves(pages, name, page))
+        runs = folder / f"{name}_runs.csv"
+        if runs.exists():
+            parts.append(show_runs(runs))
+        files = []
+        for kind in ("runs", "curves"):
+            file = f"benchmark/results/{name}_{kind}.csv"
+            if (ROOT / file).exists():
+                files.append(f"[{name}_{kind}.csv]({place_file(pages, file)})")
+        parts.append(f"Files: {', '.join(files)}\n{{ .facts }}\n\n")
+
+    if effects:
+        parts.append(show_ablations(pages, effects))
+    speed = cut_section(readme, "Speed")
+    parts.append(f"## Speed\n\n{move_links(pages, speed, 'README.md', page)}\n")
+    for path in sorted(folder.glob("*.json")):
+        place = place_file(pages, f"benchmark/results/{path.name}")
+        parts.append(f"- [{path.name}]({place})\n")
+    write(pages, page, "".join(parts))
+
+
+def show_ablations(pages: Path, effects: dict) -> str:
+    """-> what each detail is worth, of each domain, with its figure."""
+    everything = [effect for of_detail in effects.values() for effect in of_detail]
+    parts = [
+        "## Each detail taken out\n\n"
+        "The change of the interquartile mean over seeds when one detail is taken out, in units of "
+        "what the full recipe gains in its training: -100 % is to have learned nothing.\n\n"
+    ]
+    for domain in sorted({effect["domain"] for effect in everything}):
+        parts.append(f"### {domain}\n\n")
+        figure = f"benchmark/results/ablations_{domain}.png"
+        if (ROOT / figure).exists():
+            link = place_file(pages, figure)
+            parts.append(f"![{domain}, each detail taken out]({link}){{ loading=lazy }}\n\n")
+        rows = []
+        for effect in everything:
+            if effect["domain"] == domain:
+                link = f"[{effect['number']}](details.md#detail-{effect['number'].lower()})"
+                rows.append(
+                    [
+                        link,
+                        effect["instead"],
+                        f"`{effect['script']}`",
+                        effect["change"],
+                        effect["interval"],
+                        effect["environments"],
+                        effect["steps"],
+                    ]
+                )
+        head = ["detail", "instead", "script", "change", "95 %", "environments", "steps"]
+        parts.append(write_table(head, rows))
+    return "".join(parts)
+
+
+def make_pages(pages: Path, results: Path = ROOT / "benchmark" / "results") -> None:
+    """Writes all pages; results: the folder that has ablations.csv, if there is one."""
+    shutil.rmtree(pages, ignore_errors=True)
+    details = read_details()
+    effects = read_effects(results)
+    make_documents(pages)
+    make_details(pages, details, effects)
+    make_scripts_index(pages)
+    for script in SCRIPTS:
+        make_script_page(pages, script, details, effects)
+    make_comparisons(pages)
+    make_results(pages, effects)
+    shutil.copytree(ROOT / "docs" / "site", pages / "style")
+
+
+def build() -> None:
+    """Makes HTML of the pages; a broken link, or a page that is not there, ends it."""
+    command = [sys.executable, "-m", "zensical", "build", "--clean", "--strict"]
+    result = subprocess.run(command, cwd=ROOT)
+    if result.returncode != 0:
+        refuse("Zensical did not build the site; what it says above is to be mended")
+
+
+def main(args: Args) -> None:
+    """Makes the pages, and HTML of them."""
+    make_pages(args.pages)
+    if args.build:
+        build()
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args))
