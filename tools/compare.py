@@ -73,7 +73,7 @@ def find_changed_words(old: str, new: str) -> tuple[set[int], set[int]]:
             kept.update(range(block[side], block[side] + block.size))
         position = 0
         for index, word in enumerate(words):
-            if index not in kept:
+            if index not in kept and not word.isspace():
                 characters.update(range(position, position + len(word)))
             position += len(word)
     return changed

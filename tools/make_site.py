@@ -5,9 +5,10 @@
     python -m http.server --directory site/html    # read it at http://localhost:8000
 
 Writes Markdown pages to site/pages/ and has Zensical build them, by zensical.toml, into site/html/.
-Nothing in there is loaded from elsewhere; only the search needs a server. Nothing is written twice: a page is a document of the
-repository whose links are moved to where they lead on the site, or is put together from scripts,
-docs/details.md and benchmark/results/. A link that leads nowhere ends the build.
+Nothing in there is loaded from elsewhere; only the search needs a server.
+Nothing is written twice: a page is a document of the repository whose links are moved to where they
+lead on the site, or is put together from scripts, docs/details.md and benchmark/results/. A link
+that leads nowhere ends the build.
 """
 
 import csv
@@ -21,7 +22,7 @@ import sys
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import NoReturn
 
 import tyro
 from compare import compare_names, read_script, render_comparison
@@ -41,16 +42,9 @@ PAGES = {
     "benchmark/results": "results.md",
 } | {script: f"scripts/{Path(script).stem}.md" for script in SCRIPTS}
 
-UNSEARCHED = "---\nsearch:\n  exclude: true\n{}---\n\n"
-WIDE = "hide:\n  - navigation\n  - toc\n"
-
-
-@dataclass
-class Args:
-    pages: Annotated[Path, tyro.conf.arg(name="pages")] = ROOT / "site" / "pages"
-    """folder of the generated Markdown; what is in it is replaced"""
-    build: bool = True
-    """have Zensical make HTML of the pages"""
+# What stands at the top of a page that nothing lies under; of one that is shown from side to side
+ALONE = "---\nhide:\n  - navigation\n---\n\n"
+WIDE = "---\nsearch:\n  exclude: true\nhide:\n  - navigation\n  - toc\n---\n\n"
 
 
 @dataclass
@@ -276,7 +270,7 @@ def make_documents(pages: Path) -> None:
         "CHANGELOG.md",
     ):
         page = PAGES[source]
-        write(pages, page, move_links(pages, read(source), source, page))
+        write(pages, page, ALONE + move_links(pages, read(source), source, page))
 
 
 def make_details(pages: Path, details: list[Detail], effects: dict) -> None:
@@ -284,7 +278,7 @@ def make_details(pages: Path, details: list[Detail], effects: dict) -> None:
     text = move_links(pages, read("docs/details.md"), "docs/details.md", "details.md")
     before, _, after = text.partition("| # | name |")
     after = after[after.index("\n\n") :]
-    parts = ["---\nsearch:\n  boost: 3\n---\n\n", before]
+    parts = [ALONE, before]
     for detail in details:
         parts.append(f"## {detail.title} {{ #{detail.anchor} }}\n\n{capitalize(detail.why)}.\n\n")
         parts.append(show_code(detail.where[0], detail.number))
@@ -443,9 +437,7 @@ def make_script_page(pages: Path, script: str, details: list[Detail], effects: d
     write(pages, page, "".join(parts))
 
     source = (
-        UNSEARCHED.format("hide:\n  - toc\n")
-        + f"# {script}, the whole script\n\n"
-        + f'```python linenums="1"\n{read(script)}```\n'
+        WIDE + f"# {script}, the whole script\n\n" + f'```python linenums="1"\n{read(script)}```\n'
     )
     write(pages, f"scripts/{stem}-source.md", source)
 
@@ -501,9 +493,10 @@ def make_comparisons(pages: Path) -> None:
         page = name_comparison(a, b)
         names = compare_names(scripts[a], scripts[b])
         link = f"[{a} → {b}]({make_link(page, 'compare/index.md')})"
-        rows.append([link, words, len(names["equal"]), len(names["other words"])])
+        count = f"{len(names['equal'])} functions are equal"
+        rows.append([link, f"{capitalize(words)}; {count}"])
         text = (
-            UNSEARCHED.format(WIDE)
+            WIDE
             + f"# {a} → {b}\n\n{capitalize(words)}. [All comparisons](index.md)\n\n"
             + show_names(names, a, b)
             + '<button type="button" class="open-all">Open what is equal</button>\n\n'
@@ -512,7 +505,7 @@ def make_comparisons(pages: Path) -> None:
         )
         write(pages, page, text)
 
-    head = ["from → to", "what it shows", "equal functions", "in other words"]
+    head = ["from → to", "what it shows"]
     text = (
         "# Compare\n\n"
         "Where two scripts do the same thing they say it in the same words, so what is left is the "
@@ -559,7 +552,7 @@ def make_results(pages: Path, effects: dict) -> None:
     readme = read("README.md")
     folder = ROOT / "benchmark" / "results"
     before = cut_section(readme, "Results").partition("<!-- results -->")[0]
-    parts = ["# Results\n\n", move_links(pages, before, "README.md", page), "\n"]
+    parts = [ALONE, "# Results\n\n", move_links(pages, before, "README.md", page), "\n"]
     titles = find_titles()
     for path in sorted(folder.glob("*.md")):
         name = path.stem
@@ -636,20 +629,38 @@ def make_pages(pages: Path, results: Path = ROOT / "benchmark" / "results") -> N
     shutil.copytree(ROOT / "docs" / "site", pages / "style")
 
 
-def build() -> None:
-    """Makes HTML of the pages; a broken link, or a page that is not there, ends it."""
+def build(folder: Path) -> None:
+    """Makes HTML of the pages in folder/site/pages, by the zensical.toml in the folder.
+
+    A broken link ends it, and so does a page that zensical.toml names and that is not there.
+    """
+    config = tomllib.loads((folder / "zensical.toml").read_text())["project"]
+    for page in find_pages(config["nav"]):
+        if not (folder / config["docs_dir"] / page).is_file():
+            refuse(f"zensical.toml: names the page {page}, which is not there")
+
     command = [sys.executable, "-m", "zensical", "build", "--clean", "--strict"]
-    result = subprocess.run(command, cwd=ROOT)
-    if result.returncode != 0:
+    if subprocess.run(command, cwd=folder).returncode != 0:
         refuse("Zensical did not build the site; what it says above is to be mended")
 
 
-def main(args: Args) -> None:
-    """Makes the pages, and HTML of them."""
-    make_pages(args.pages)
-    if args.build:
-        build()
+def find_pages(nav: list) -> list[str]:
+    """-> the pages that a navigation names, at any depth."""
+    pages = []
+    for item in nav:
+        if isinstance(item, str):
+            pages.append(item)
+            continue
+        for value in item.values():
+            pages += find_pages(value) if isinstance(value, list) else [value]
+    return pages
+
+
+def main() -> None:
+    """Makes the project's site, in site/html/."""
+    make_pages(ROOT / "site" / "pages")
+    build(ROOT)
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args))
+    tyro.cli(main)
