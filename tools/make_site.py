@@ -182,7 +182,9 @@ def cut_detail(script: str, number: str) -> list[tuple[int, str]]:
             continue
         margin = len(line) - len(line.lstrip())
         end = index + 1
-        while end < len(lines) and lines[end].startswith(" " * margin) and lines[end].strip():
+        while re.match(r" *# Detail ", lines[end]):  # other marks of the same lines
+            end += 1
+        while lines[end].startswith(" " * margin) and lines[end].strip():
             if re.match(r" *# Detail ", lines[end]):
                 break
             end += 1
