@@ -212,6 +212,8 @@ def test_measured_effects_appear(tmp_path):
     for detail, variant, returns in (
         ("full", "recipe", (480, 500)),
         ("11", "no gradient clipping", (250, 270)),
+        ("2-4", "plain start", (400, 410)),
+        ("time limits", "bootstrapped", (485, 490)),
     ):
         for seed, value in enumerate(returns):
             line = dict(detail=detail, variant=variant, seed=seed, mean_return=value)
@@ -224,6 +226,13 @@ def test_measured_effects_appear(tmp_path):
         (row,) = re.findall(r"^\|.*no gradient clipping.*$", (pages / page).read_text(), re.M)
         assert "-49 %" in row  # (260 - 490) / (490 - 20)
         assert "500,000" in row and "CartPole-v1" in row
+
+    # A variant of several details is with each of them; one of none is among the results alone
+    assert (pages / "scripts" / "ppo.md").read_text().count("plain start") == 3
+    results = (pages / "results.md").read_text()
+    assert "| [2-4](details.md#detail-2) | plain start |" in results
+    assert "| time limits | bootstrapped |" in results
+    assert "bootstrapped" not in (pages / "scripts" / "ppo.md").read_text()
 
 
 def test_agents_are_those_of_the_table():
@@ -275,6 +284,20 @@ def find_foreign(url: str, address: str) -> list[str]:
     """The url, if it is neither of this site nor made by the page itself."""
     own = (address, "data:", "blob:")
     return [] if url.startswith(own) else [f"from elsewhere: {url}"]
+
+
+def test_agents_are_not_mistaken_for_one_another(capsys):
+    """Fails when an unknown agent, or the run of another environment, is taken for the one named."""
+    cartpole = ROOT / "docs" / "agents" / "CartPole-v1"
+    for args, words in (
+        (make_agents.Args(["Gone-v1"]), "Gone-v1"),
+        (make_agents.Args(["HalfCheetah-v4"], run=cartpole), "was trained on CartPole-v1"),
+        (make_agents.Args(run=cartpole), "takes one name"),
+    ):
+        with pytest.raises(SystemExit) as error:
+            make_agents.main(args)
+        assert error.value.code == 2
+        assert words in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("width", [390, 1440])

@@ -203,21 +203,21 @@ def show_code(script: str, number: str) -> str:
     return "".join(blocks)
 
 
-def read_effects(results: Path) -> dict[tuple[str, str], list[dict]]:
-    """-> {(script, number): measured effects of leaving that detail out}, from ablations.csv.
+def read_effects(results: Path) -> list[dict]:
+    """-> measured effects of leaving a detail out, from ablations.csv, the greatest loss last.
 
     Empty where nothing has been measured yet. benchmark/ablations.py computes them.
     """
     path = results / "ablations.csv"
     if not path.exists():
-        return {}
+        return []
 
     # What takes packages of the extra `benchmark` is imported only if there is something to show
     sys.path.insert(0, str(ROOT / "benchmark"))
     import ablations
     import pandas as pd
 
-    effects = {}
+    effects = []
     lines = pd.read_csv(path, dtype={"detail": str})
     for (domain, steps), of_domain in lines.groupby(["domain", "total_timesteps"]):
         changes = ablations.compute_changes(of_domain)
@@ -241,8 +241,28 @@ def read_effects(results: Path) -> dict[tuple[str, str], list[dict]]:
                 "environments": ", ".join(env_ids),
                 "steps": f"{steps:,}",
             }
-            effects.setdefault((row["script"], number), []).append(effect)
+            effects.append(effect)
     return effects
+
+
+def find_effects(effects: list[dict], scripts: list[str], number: str) -> list[dict]:
+    """-> those of a detail in these scripts, with those of several details that it is part of."""
+    found = []
+    for effect in effects:
+        if effect["script"] in scripts and number in list_numbers(effect["number"]):
+            found.append(effect)
+    return found
+
+
+def list_numbers(number: str) -> list[str]:
+    """What a variant leaves out -> its details: "28-31" are four, and "time limits" is none."""
+    numbers = [detail.number for detail in read_details()]
+    if number in numbers:
+        return [number]
+    first, _, last = number.partition("-")
+    if first in numbers and last in numbers:
+        return numbers[numbers.index(first) : numbers.index(last) + 1]
+    return []
 
 
 def show_effects(effects: list[dict]) -> str:
@@ -275,7 +295,7 @@ def make_documents(pages: Path) -> None:
         write(pages, page, ALONE + move_links(pages, read(source), source, page))
 
 
-def make_details(pages: Path, details: list[Detail], effects: dict) -> None:
+def make_details(pages: Path, details: list[Detail], effects: list[dict]) -> None:
     """docs/details.md, with its table unfolded: a section for each detail, with its code."""
     text = move_links(pages, read("docs/details.md"), "docs/details.md", "details.md")
     before, _, after = text.partition("| # | name |")
@@ -291,9 +311,7 @@ def make_details(pages: Path, details: list[Detail], effects: dict) -> None:
             f"In {', '.join(links)}. Source: {link_source(detail.source)}. "
             f"Fails without it: {detail.tests}.\n{{ .facts }}\n\n"
         )
-        measured = [
-            effect for script in SCRIPTS for effect in effects.get((script, detail.number), [])
-        ]
+        measured = find_effects(effects, SCRIPTS, detail.number)
         if measured:
             parts.append("Measured without it, as a part of what the whole recipe gains:\n\n")
             parts.append(show_effects(measured))
@@ -390,7 +408,7 @@ def show_speed(script: str) -> str:
     return "".join(parts)
 
 
-def make_script_page(pages: Path, script: str, details: list[Detail], effects: dict) -> None:
+def make_script_page(pages: Path, script: str, details: list[Detail], effects: list[dict]) -> None:
     """A page on one script, and one with its text."""
     stem = Path(script).stem
     page = PAGES[script]
@@ -424,7 +442,7 @@ def make_script_page(pages: Path, script: str, details: list[Detail], effects: d
         parts.append(
             f"Source: {link_source(detail.source)}. [Everywhere else]({link})\n{{ .facts }}\n\n"
         )
-        measured = effects.get((script, detail.number), [])
+        measured = find_effects(effects, [script], detail.number)
         if measured:
             parts.append("Measured without it, as a part of what the whole recipe gains:\n\n")
             parts.append(show_effects(measured))
@@ -548,7 +566,7 @@ def show_runs(path: Path) -> str:
     return f'??? note "Every run"\n\n    {table}'
 
 
-def make_results(pages: Path, effects: dict) -> None:
+def make_results(pages: Path, effects: list[dict]) -> None:
     """All tables and curves of benchmark/results/."""
     page = "results.md"
     readme = read("README.md")
@@ -582,24 +600,25 @@ def make_results(pages: Path, effects: dict) -> None:
     write(pages, page, "".join(parts))
 
 
-def show_ablations(pages: Path, effects: dict) -> str:
+def show_ablations(pages: Path, effects: list[dict]) -> str:
     """-> what each detail is worth, of each domain, with its figure."""
-    everything = [effect for of_detail in effects.values() for effect in of_detail]
     parts = [
         "## Each detail taken out\n\n"
         "The change of the interquartile mean over seeds when one detail is taken out, in units of "
         "what the full recipe gains in its training: -100 % is to have learned nothing.\n\n"
     ]
-    for domain in sorted({effect["domain"] for effect in everything}):
+    for domain in sorted({effect["domain"] for effect in effects}):
         parts.append(f"### {domain}\n\n")
         figure = f"benchmark/results/ablations_{domain}.png"
         if (ROOT / figure).exists():
             link = place_file(pages, figure)
             parts.append(f"![{domain}, each detail taken out]({link}){{ loading=lazy }}\n\n")
         rows = []
-        for effect in everything:
+        for effect in effects:
             if effect["domain"] == domain:
-                link = f"[{effect['number']}](details.md#detail-{effect['number'].lower()})"
+                link = effect["number"]
+                if numbers := list_numbers(link):
+                    link = f"[{link}](details.md#detail-{numbers[0].lower()})"
                 rows.append(
                     [
                         link,
