@@ -287,7 +287,7 @@ def find_foreign(url: str, address: str) -> list[str]:
 
 
 def test_agents_are_not_mistaken_for_one_another(capsys):
-    """Fails when an unknown agent, or the run of another environment, is taken for the one named."""
+    """Fails when an unknown agent is accepted, or the run of another environment."""
     cartpole = ROOT / "docs" / "agents" / "CartPole-v1"
     for args, words in (
         (make_agents.Args(["Gone-v1"]), "Gone-v1"),

@@ -106,10 +106,11 @@ def copy_checkpoint(run_dir: Path, folder: Path) -> None:
     torch.save(checkpoint, folder / "checkpoint.pt")
 
 
-def play(folder: Path, episodes: int) -> list[float]:
-    """-> the returns of an agent; its films are in evaluation/ afterwards."""
+def film_episode(folder: Path) -> Path:
+    """Films one episode of an agent: several would take minutes each where there is no GPU."""
     shutil.rmtree(folder / "evaluation", ignore_errors=True)
-    return evaluate.evaluate(evaluate.Args(folder, episodes=episodes, capture_video=True))
+    evaluate.evaluate(evaluate.Args(folder, episodes=1, capture_video=True))
+    return min((folder / "evaluation").glob("*.mp4"))
 
 
 def make_loop(film: Path, agent: Agent, path: Path) -> None:
@@ -137,9 +138,8 @@ def make_agent(name: str, run_dir: Path, episodes: int) -> dict:
     folder = AGENTS / name
     folder.mkdir(parents=True, exist_ok=True)
     copy_checkpoint(run_dir, folder)
-    returns = play(folder, episodes)
-    film = min((folder / "evaluation").glob("*.mp4"))  # of the first episode
-    make_loop(film, ALL[name], folder / "loop.webp")
+    returns = evaluate.evaluate(evaluate.Args(folder, episodes=episodes))
+    make_loop(film_episode(folder), ALL[name], folder / "loop.webp")
     shutil.rmtree(folder / "evaluation")
     if not ALL[name].small:
         (folder / "checkpoint.pt").unlink()
