@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, NoReturn
 
+import gymnasium as gym
 import numpy as np
 import torch
 import tyro
@@ -49,13 +50,17 @@ class Agent:
     """one frame of the film for so many of the environment"""
     fps: int = 25
     width: int = 320
+    camera: str | None = None
+    """MuJoCo's camera that goes along; without it, a robot runs out of the picture"""
     small: bool = True
     """its checkpoint is kept"""
 
 
 ALL = {
     "CartPole-v1": Agent("ppo.py", frames=125, every=2),
-    "HalfCheetah-v4": Agent("ppo_continuous_action.py", frames=100, fps=20),
+    "HalfCheetah-v4": Agent(
+        "ppo_continuous_action.py", frames=80, fps=20, width=240, camera="track"
+    ),
     "MicrortsMining-v1": Agent("ppo_multidiscrete_mask.py", frames=200),
     "BreakoutNoFrameskip-v4": Agent("ppo_atari.py", frames=200, small=False),
     "PongNoFrameskip-v4": Agent("ppo_atari.py", frames=200, small=False),
@@ -106,9 +111,11 @@ def copy_checkpoint(run_dir: Path, folder: Path) -> None:
     torch.save(checkpoint, folder / "checkpoint.pt")
 
 
-def film_episode(folder: Path) -> Path:
+def film_episode(folder: Path, camera: str | None) -> Path:
     """Films one episode of an agent: several would take minutes each where there is no GPU."""
     shutil.rmtree(folder / "evaluation", ignore_errors=True)
+    if camera is not None:
+        gym.spec(folder.name).kwargs["camera_name"] = camera
     evaluate.evaluate(evaluate.Args(folder, episodes=1, capture_video=True))
     return min((folder / "evaluation").glob("*.mp4"))
 
@@ -139,7 +146,8 @@ def make_agent(name: str, run_dir: Path, episodes: int) -> dict:
     folder.mkdir(parents=True, exist_ok=True)
     copy_checkpoint(run_dir, folder)
     returns = evaluate.evaluate(evaluate.Args(folder, episodes=episodes))
-    make_loop(film_episode(folder), ALL[name], folder / "loop.webp")
+    film = film_episode(folder, ALL[name].camera)
+    make_loop(film, ALL[name], folder / "loop.webp")
     shutil.rmtree(folder / "evaluation")
     if not ALL[name].small:
         (folder / "checkpoint.pt").unlink()
