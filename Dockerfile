@@ -16,4 +16,4 @@ COPY . .
 ENV PIP_NO_CACHE_DIR=1
 
 RUN pip install -e . && python ppo.py
-RUN pip install -e ".[atari,box2d,mujoco,envpool,procgen,microrts,benchmark,test]" && pytest -n 2 -m "not slow"
+RUN pip install -e ".[atari,box2d,mujoco,envpool,procgen,microrts,benchmark,docs,test]" && pytest -n 2 -m "not slow"

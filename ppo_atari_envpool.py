@@ -18,7 +18,7 @@
     python ppo_atari_envpool.py --num-envs 16 --num-minibatches 8 --update-epochs 3 --clip-coef 0.2
     python ppo_atari_envpool.py --resume runs/Pong-v5__ppo_atari_envpool__1__1790000000
 
-PPO is Schulman et al. (2017), arXiv:1707.06347. `# Detail N` marks details 1-12, 14-22, A1 and A3
+PPO is Schulman et al. (2017), arXiv:1707.06347. `# Detail N` marks details 1-12, 14-22, A1-A3
 of Huang et al. (2022), "The 37 Implementation Details of Proximal Policy Optimization";
 "baselines" is openai/baselines at commit ea25b9e.
 
@@ -208,6 +208,8 @@ class Args:
                 f"--num-steps {self.num_steps}, {self.minibatch_size} samples a minibatch: "
                 "must be at least 2 and 3"
             )
+        if self.compile and shutil.which(os.environ.get("CXX", "g++")) is None:
+            refuse("--compile: needs a C++ compiler; install g++, or name yours in CXX")
         if self.num_iterations < 1:
             refuse(
                 f"--total-timesteps {self.total_timesteps}: must be at least one rollout, "
@@ -600,13 +602,6 @@ def average_over_processes(agent: Agent, stats: dict[str, torch.Tensor], num_sam
             x.copy_(average.view_as(x))
 
 
-def broadcast_weights(agent: Agent) -> None:
-    """Gives every process the weights of process 0."""
-    if dist.is_initialized():
-        for weights in agent.state_dict().values():
-            dist.broadcast(weights, 0)
-
-
 def check_weights_are_equal(agent: Agent) -> None:
     """Ends the program, exit code 1, if the processes have drifted apart."""
     weights = nn.utils.parameters_to_vector(agent.parameters())
@@ -615,10 +610,14 @@ def check_weights_are_equal(agent: Agent) -> None:
         sys.exit("the processes have come to different weights")
 
 
-def seed_process(seed: int, first_iteration: int) -> None:
-    """Gives each process random numbers of its own; process 0 keeps those of a single one."""
-    if get_rank() > 0:
-        sequence = np.random.SeedSequence((seed, first_iteration, get_rank()))
+def begin_together(agent: Agent, args: Args, first_iteration: int) -> None:
+    """Gives every process the weights of process 0, and random numbers of its own."""
+    if not dist.is_initialized():
+        return
+    for weights in agent.state_dict().values():
+        dist.broadcast(weights, 0)
+    if get_rank() > 0:  # process 0 keeps those of a single one
+        sequence = np.random.SeedSequence((args.seed, first_iteration, get_rank()))
         torch.manual_seed(int(sequence.generate_state(1)[0]))
 
 
@@ -679,6 +678,15 @@ def seed_generators(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
+
+
+def choose_seeds(args: Args, first_iteration: int) -> list[int]:
+    """-> seeds of all N environments, far apart: those of seed 1 are not seed 2's, shifted by one.
+
+    A run that is resumed begins new episodes, with new seeds.
+    """
+    sequence = np.random.SeedSequence((args.seed, first_iteration))
+    return sequence.generate_state(args.num_envs).tolist()
 
 
 def keep_freed_memory() -> None:
@@ -998,7 +1006,7 @@ def flush(writer: SummaryWriter | None) -> None:
         writer.flush()
 
 
-def stop_logging(writer: SummaryWriter | None, args: Args, video_dir: Path | None) -> None:
+def stop_logging(writer: SummaryWriter | None, args: Args, video_dir: Path) -> None:
     """Closes TensorBoard's file, sends the films to W&B, and ends its run."""
     if writer is None:
         return
@@ -1006,9 +1014,8 @@ def stop_logging(writer: SummaryWriter | None, args: Args, video_dir: Path | Non
     if args.track:
         import wandb
 
-        if video_dir is not None:
-            for path in sorted(video_dir.glob("*.mp4"), key=os.path.getmtime):
-                wandb.log({"video": wandb.Video(str(path))})
+        for path in sorted(video_dir.glob("*.mp4"), key=os.path.getmtime):
+            wandb.log({"video": wandb.Video(str(path))})
         wandb.finish()
 
 
@@ -1045,11 +1052,10 @@ def train(args: Args, run_dir: Path, checkpoint: dict | None) -> float:
 
     first_iteration = checkpoint["iteration"] if checkpoint else 0
     first_step = first_iteration * args.batch_size
-    video_dir = None
-    if args.capture_video and get_rank() == 0:
-        video_dir = run_dir / "videos" / f"from-step-{first_step}"
     share = divide(args)  # what this process has, all of it unless there are several
-    envs = make_envs(share, video_dir)
+    video_dir = run_dir / "videos" / f"from-step-{first_step}"
+    filming = args.capture_video and get_rank() == 0
+    envs = make_envs(share, video_dir if filming else None)
     agent = Agent(envs.single_observation_space, envs.single_action_space).to(device)
 
     # Detail 3: Adam epsilon 1e-5
@@ -1059,8 +1065,10 @@ def train(args: Args, run_dir: Path, checkpoint: dict | None) -> float:
     recent_returns = deque(maxlen=100)
     if checkpoint:
         restore(checkpoint, stateful, recent_returns)
-    broadcast_weights(agent)
-    seed_process(args.seed, first_iteration)
+    if first_iteration == args.num_iterations:  # it is finished
+        envs.close()
+        return summarize(run_dir, recent_returns, first_step, signum=0)
+    begin_together(agent, args, first_iteration)
     writer = start_logging(run_dir, args, first_step)
     progress = Progress(args, first_step)
     received = catch_signals()
@@ -1085,16 +1093,13 @@ def train(args: Args, run_dir: Path, checkpoint: dict | None) -> float:
     at_limit = np.zeros(shape, bool)  # the episode ended at a time limit
     valid = np.zeros(shape, bool)  # a transition, and no autoreset step
 
-    # Environment seeds far apart: those of seed 1 are not those of seed 2, shifted by one. A run
-    # that is resumed begins new episodes, with new seeds.
-    seeds = np.random.SeedSequence((args.seed, first_iteration)).generate_state(args.num_envs)
+    # Each process has the environments from first_env on
+    seeds = choose_seeds(args, first_iteration)
     first_env = get_rank() * share.num_envs
-    seeds = seeds[first_env : first_env + share.num_envs].tolist()
-    next_obs, infos = envs.reset(seed=seeds)
+    next_obs, infos = envs.reset(seed=seeds[first_env : first_env + share.num_envs])
     save_checkpoint(run_dir, args, first_iteration, stateful, recent_returns)
     global_step = first_step
     start_time = time.time()
-    signum = 0
 
     for iteration in range(first_iteration, args.num_iterations):
         remaining = 1 - iteration / args.num_iterations

@@ -19,7 +19,7 @@
     python ppo_continuous_action.py --env-id Hopper-v4 --seed 2 --track --capture-video
     python ppo_continuous_action.py --resume runs/Hopper-v4__ppo_continuous_action__2__1790000000
 
-PPO is Schulman et al. (2017), arXiv:1707.06347. `# Detail N` marks details 1-12, 23-31, A1 and A3
+PPO is Schulman et al. (2017), arXiv:1707.06347. `# Detail N` marks details 1-12, 23-31, A1-A3
 of Huang et al. (2022), "The 37 Implementation Details of Proximal Policy Optimization";
 "baselines" is openai/baselines at commit ea25b9e.
 
@@ -196,6 +196,8 @@ class Args:
                 f"--num-minibatches {self.num_minibatches}: must divide a rollout, "
                 f"{self.batch_size} samples"
             )
+        if self.compile and shutil.which(os.environ.get("CXX", "g++")) is None:
+            refuse("--compile: needs a C++ compiler; install g++, or name yours in CXX")
         if self.num_iterations < 1:
             refuse(
                 f"--total-timesteps {self.total_timesteps}: must be at least one rollout, "
@@ -207,6 +209,15 @@ class Args:
         value = getattr(self, name)
         if not low <= value <= high:
             refuse(f"--{name.replace('_', '-')} {value}: must be a number from {low} to {high}")
+
+
+def check_camera(args: Args, env: gym.Env) -> None:
+    """Refuses what cannot be filmed, such as MuJoCo's tasks where OpenGL is missing."""
+    try:
+        env.reset()
+        env.render()
+    except Exception as error:  # of many kinds
+        refuse(f"--capture-video: {args.env_id} cannot be filmed, {error}")
 
 
 def make_env(args: Args, video_dir: Path | None = None) -> gym.Env:
@@ -225,7 +236,7 @@ def make_env(args: Args, video_dir: Path | None = None) -> gym.Env:
             env = gym.make(args.env_id, disable_env_checker=True)
         else:
             env = gym.make(args.env_id, disable_env_checker=True, render_mode="rgb_array")
-    except (gym.error.Error, ImportError) as error:  # tells the cure
+    except (gym.error.Error, ImportError, TypeError) as error:  # tells the cure
         refuse(f"--env-id {args.env_id}: {error}")
 
     obs_space = env.observation_space
@@ -235,6 +246,7 @@ def make_env(args: Args, video_dir: Path | None = None) -> gym.Env:
         refuse(f"--env-id {args.env_id}: its actions are {env.action_space}, not a flat Box")
 
     if video_dir is not None:
+        check_camera(args, env)
         env = gym.wrappers.RecordVideo(env, str(video_dir))
 
     # Detail 27: action clipping, unclipped storage
@@ -656,13 +668,6 @@ def average_over_processes(agent: Agent, stats: dict[str, torch.Tensor], num_sam
             x.copy_(average.view_as(x))
 
 
-def broadcast_weights(agent: Agent) -> None:
-    """Gives every process the weights of process 0."""
-    if dist.is_initialized():
-        for weights in agent.state_dict().values():
-            dist.broadcast(weights, 0)
-
-
 def check_weights_are_equal(agent: Agent) -> None:
     """Ends the program, exit code 1, if the processes have drifted apart."""
     weights = nn.utils.parameters_to_vector(agent.parameters())
@@ -671,10 +676,14 @@ def check_weights_are_equal(agent: Agent) -> None:
         sys.exit("the processes have come to different weights")
 
 
-def seed_process(seed: int, first_iteration: int) -> None:
-    """Gives each process random numbers of its own; process 0 keeps those of a single one."""
-    if get_rank() > 0:
-        sequence = np.random.SeedSequence((seed, first_iteration, get_rank()))
+def begin_together(agent: Agent, args: Args, first_iteration: int) -> None:
+    """Gives every process the weights of process 0, and random numbers of its own."""
+    if not dist.is_initialized():
+        return
+    for weights in agent.state_dict().values():
+        dist.broadcast(weights, 0)
+    if get_rank() > 0:  # process 0 keeps those of a single one
+        sequence = np.random.SeedSequence((args.seed, first_iteration, get_rank()))
         torch.manual_seed(int(sequence.generate_state(1)[0]))
 
 
@@ -735,6 +744,15 @@ def seed_generators(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
+
+
+def choose_seeds(args: Args, first_iteration: int) -> list[int]:
+    """-> seeds of all N environments, far apart: those of seed 1 are not seed 2's, shifted by one.
+
+    A run that is resumed begins new episodes, with new seeds.
+    """
+    sequence = np.random.SeedSequence((args.seed, first_iteration))
+    return sequence.generate_state(args.num_envs).tolist()
 
 
 def use_one_thread() -> None:
@@ -1052,7 +1070,7 @@ def flush(writer: SummaryWriter | None) -> None:
         writer.flush()
 
 
-def stop_logging(writer: SummaryWriter | None, args: Args, video_dir: Path | None) -> None:
+def stop_logging(writer: SummaryWriter | None, args: Args, video_dir: Path) -> None:
     """Closes TensorBoard's file, sends the films to W&B, and ends its run."""
     if writer is None:
         return
@@ -1060,9 +1078,8 @@ def stop_logging(writer: SummaryWriter | None, args: Args, video_dir: Path | Non
     if args.track:
         import wandb
 
-        if video_dir is not None:
-            for path in sorted(video_dir.glob("*.mp4"), key=os.path.getmtime):
-                wandb.log({"video": wandb.Video(str(path))})
+        for path in sorted(video_dir.glob("*.mp4"), key=os.path.getmtime):
+            wandb.log({"video": wandb.Video(str(path))})
         wandb.finish()
 
 
@@ -1099,11 +1116,10 @@ def train(args: Args, run_dir: Path, checkpoint: dict | None) -> float:
 
     first_iteration = checkpoint["iteration"] if checkpoint else 0
     first_step = first_iteration * args.batch_size
-    video_dir = None
-    if args.capture_video and get_rank() == 0:
-        video_dir = run_dir / "videos" / f"from-step-{first_step}"
     share = divide(args)  # what this process has, all of it unless there are several
-    envs = make_envs(share, video_dir)
+    video_dir = run_dir / "videos" / f"from-step-{first_step}"
+    filming = args.capture_video and get_rank() == 0
+    envs = make_envs(share, video_dir if filming else None)
     agent = Agent(envs.single_observation_space, envs.single_action_space).to(device)
 
     # Detail 3: Adam epsilon 1e-5
@@ -1113,8 +1129,10 @@ def train(args: Args, run_dir: Path, checkpoint: dict | None) -> float:
     recent_returns = deque(maxlen=100)
     if checkpoint:
         restore(checkpoint, stateful, recent_returns)
-    broadcast_weights(agent)
-    seed_process(args.seed, first_iteration)
+    if first_iteration == args.num_iterations:  # it is finished
+        envs.close()
+        return summarize(run_dir, recent_returns, first_step, signum=0)
+    begin_together(agent, args, first_iteration)
     writer = start_logging(run_dir, args, first_step)
     progress = Progress(args, first_step)
     received = catch_signals()
@@ -1132,16 +1150,13 @@ def train(args: Args, run_dir: Path, checkpoint: dict | None) -> float:
     rewards = np.zeros(shape, np.float32)
     dones = np.zeros(shape, bool)
 
-    # Environment seeds far apart: those of seed 1 are not those of seed 2, shifted by one. A run
-    # that is resumed begins new episodes, with new seeds.
-    seeds = np.random.SeedSequence((args.seed, first_iteration)).generate_state(args.num_envs)
+    # Each process has the environments from first_env on
+    seeds = choose_seeds(args, first_iteration)
     first_env = get_rank() * share.num_envs
-    seeds = seeds[first_env : first_env + share.num_envs].tolist()
-    next_obs, infos = envs.reset(seed=seeds)
+    next_obs, infos = envs.reset(seed=seeds[first_env : first_env + share.num_envs])
     save_checkpoint(run_dir, args, first_iteration, stateful, recent_returns)
     global_step = first_step
     start_time = time.time()
-    signum = 0
 
     for iteration in range(first_iteration, args.num_iterations):
         remaining = 1 - iteration / args.num_iterations
@@ -1190,7 +1205,8 @@ def train(args: Args, run_dir: Path, checkpoint: dict | None) -> float:
             obs = torch.as_tensor(next_obs, dtype=torch.float32, device=device)
             _, next_value = agent(obs)
 
-        # Detail A2: parallel gradient update, whose processes share their statistics
+        # Detail A2: parallel gradient update
+        # The processes share their statistics of normalisation.
         envs.merge_statistics()
 
         # Advantages

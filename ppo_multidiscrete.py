@@ -20,7 +20,7 @@
     python ppo_multidiscrete.py --env-id MicrortsAttackShapedReward-v1 --track --capture-video
     python ppo_multidiscrete.py --resume runs/MicrortsMining-v1__ppo_multidiscrete__1__1790000000
 
-PPO is Schulman et al. (2017), arXiv:1707.06347. `# Detail N` marks details 1-12, 37, A1 and A3 of
+PPO is Schulman et al. (2017), arXiv:1707.06347. `# Detail N` marks details 1-12, 37, A1-A3 of
 Huang et al. (2022), "The 37 Implementation Details of Proximal Policy Optimization"; "baselines"
 is openai/baselines at commit ea25b9e. The game is microRTS (Ontanon, 2013), played by the Java
 engine inside gym-microrts 0.2.0.
@@ -204,6 +204,8 @@ class Args:
                 f"--num-minibatches {self.num_minibatches}: must divide a rollout, "
                 f"{self.batch_size} samples"
             )
+        if self.compile and shutil.which(os.environ.get("CXX", "g++")) is None:
+            refuse("--compile: needs a C++ compiler; install g++, or name yours in CXX")
         if self.num_iterations < 1:
             refuse(
                 f"--total-timesteps {self.total_timesteps}: must be at least one rollout, "
@@ -752,13 +754,6 @@ def average_over_processes(agent: Agent, stats: dict[str, torch.Tensor], num_sam
             x.copy_(average.view_as(x))
 
 
-def broadcast_weights(agent: Agent) -> None:
-    """Gives every process the weights of process 0."""
-    if dist.is_initialized():
-        for weights in agent.state_dict().values():
-            dist.broadcast(weights, 0)
-
-
 def check_weights_are_equal(agent: Agent) -> None:
     """Ends the program, exit code 1, if the processes have drifted apart."""
     weights = nn.utils.parameters_to_vector(agent.parameters())
@@ -767,10 +762,14 @@ def check_weights_are_equal(agent: Agent) -> None:
         sys.exit("the processes have come to different weights")
 
 
-def seed_process(seed: int, first_iteration: int) -> None:
-    """Gives each process random numbers of its own; process 0 keeps those of a single one."""
-    if get_rank() > 0:
-        sequence = np.random.SeedSequence((seed, first_iteration, get_rank()))
+def begin_together(agent: Agent, args: Args, first_iteration: int) -> None:
+    """Gives every process the weights of process 0, and random numbers of its own."""
+    if not dist.is_initialized():
+        return
+    for weights in agent.state_dict().values():
+        dist.broadcast(weights, 0)
+    if get_rank() > 0:  # process 0 keeps those of a single one
+        sequence = np.random.SeedSequence((args.seed, first_iteration, get_rank()))
         torch.manual_seed(int(sequence.generate_state(1)[0]))
 
 
@@ -831,6 +830,15 @@ def seed_generators(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
+
+
+def choose_seeds(args: Args, first_iteration: int) -> list[int]:
+    """-> seeds of all N environments, far apart: those of seed 1 are not seed 2's, shifted by one.
+
+    A run that is resumed begins new episodes, with new seeds.
+    """
+    sequence = np.random.SeedSequence((args.seed, first_iteration))
+    return sequence.generate_state(args.num_envs).tolist()
 
 
 def use_one_thread() -> None:
@@ -1159,7 +1167,7 @@ def flush(writer: SummaryWriter | None) -> None:
         writer.flush()
 
 
-def stop_logging(writer: SummaryWriter | None, args: Args, video_dir: Path | None) -> None:
+def stop_logging(writer: SummaryWriter | None, args: Args, video_dir: Path) -> None:
     """Closes TensorBoard's file, sends the films to W&B, and ends its run."""
     if writer is None:
         return
@@ -1167,9 +1175,8 @@ def stop_logging(writer: SummaryWriter | None, args: Args, video_dir: Path | Non
     if args.track:
         import wandb
 
-        if video_dir is not None:
-            for path in sorted(video_dir.glob("*.mp4"), key=os.path.getmtime):
-                wandb.log({"video": wandb.Video(str(path))})
+        for path in sorted(video_dir.glob("*.mp4"), key=os.path.getmtime):
+            wandb.log({"video": wandb.Video(str(path))})
         wandb.finish()
 
 
@@ -1207,11 +1214,10 @@ def train(args: Args, run_dir: Path, checkpoint: dict | None) -> float:
 
     first_iteration = checkpoint["iteration"] if checkpoint else 0
     first_step = first_iteration * args.batch_size
-    video_dir = None
-    if args.capture_video and get_rank() == 0:
-        video_dir = run_dir / "videos" / f"from-step-{first_step}"
     share = divide(args)  # what this process has, all of it unless there are several
-    envs = make_envs(share, video_dir)
+    video_dir = run_dir / "videos" / f"from-step-{first_step}"
+    filming = args.capture_video and get_rank() == 0
+    envs = make_envs(share, video_dir if filming else None)
     agent = Agent(envs.single_observation_space, envs.single_action_space).to(device)
 
     # Detail 3: Adam epsilon 1e-5
@@ -1221,8 +1227,10 @@ def train(args: Args, run_dir: Path, checkpoint: dict | None) -> float:
     recent_returns = deque(maxlen=100)
     if checkpoint:
         restore(checkpoint, stateful, recent_returns)
-    broadcast_weights(agent)
-    seed_process(args.seed, first_iteration)
+    if first_iteration == args.num_iterations:  # it is finished
+        envs.close()
+        return summarize(run_dir, recent_returns, first_step, signum=0)
+    begin_together(agent, args, first_iteration)
     writer = start_logging(run_dir, args, first_step)
     progress = Progress(args, first_step)
     received = catch_signals()
@@ -1242,16 +1250,13 @@ def train(args: Args, run_dir: Path, checkpoint: dict | None) -> float:
     rewards = np.zeros(shape, np.float32)
     dones = np.zeros(shape, bool)
 
-    # Environment seeds far apart: those of seed 1 are not those of seed 2, shifted by one. A run
-    # that is resumed begins new episodes, with new seeds.
-    seeds = np.random.SeedSequence((args.seed, first_iteration)).generate_state(args.num_envs)
+    # Each process has the environments from first_env on
+    seeds = choose_seeds(args, first_iteration)
     first_env = get_rank() * share.num_envs
-    seeds = seeds[first_env : first_env + share.num_envs].tolist()
-    next_obs, infos = envs.reset(seed=seeds)
+    next_obs, infos = envs.reset(seed=seeds[first_env : first_env + share.num_envs])
     save_checkpoint(run_dir, args, first_iteration, stateful, recent_returns)
     global_step = first_step
     start_time = time.time()
-    signum = 0
 
     for iteration in range(first_iteration, args.num_iterations):
         remaining = 1 - iteration / args.num_iterations

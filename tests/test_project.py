@@ -141,7 +141,7 @@ def test_importing_a_script_does_nothing(script, tmp_path):
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_lines_are_short(script):
-    """Fails when text is packed: a mean line of over 50 characters, or a train of over 120 lines."""
+    """Fails when text is packed: a mean line of over 50 characters, or train has over 120 lines."""
     source = (ROOT / script).read_text()
     lines = [line for line in source.splitlines() if line.strip()]
     assert statistics.mean(map(len, lines)) <= 50

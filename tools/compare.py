@@ -65,9 +65,11 @@ def read_script(name: str, source: str) -> Script:
 def find_changed_words(old: str, new: str) -> tuple[set[int], set[int]]:
     """-> which characters of either line are in a word that the other one lacks."""
     pattern = r"\w+|\s+|[^\w\s]"
-    matcher = difflib.SequenceMatcher(None, re.findall(pattern, old), re.findall(pattern, new))
+    old_words = re.findall(pattern, old)
+    new_words = re.findall(pattern, new)
+    matcher = difflib.SequenceMatcher(None, old_words, new_words)
     changed = (set(), set())
-    for words, characters, side in ((matcher.a, changed[0], 0), (matcher.b, changed[1], 1)):
+    for words, characters, side in ((old_words, changed[0], 0), (new_words, changed[1], 1)):
         kept = set()
         for block in matcher.get_matching_blocks():
             kept.update(range(block[side], block[side] + block.size))
