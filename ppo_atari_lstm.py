@@ -43,6 +43,7 @@ import shlex
 import shutil
 import signal
 import sys
+import threading
 import time
 import zipfile
 import zlib
@@ -869,20 +870,14 @@ def save_checkpoint(
 
     content = io.BytesIO()
     torch.save(checkpoint, content)
-    try:
-        with open(run_dir / "checkpoint.tmp", "wb") as file:
-            file.write(content.getbuffer())
-            file.flush()
-            os.fsync(file.fileno())  # on the disk before it takes the old one's place
-        os.replace(run_dir / "checkpoint.tmp", run_dir / "checkpoint.pt")
-        folder = os.open(run_dir, os.O_RDONLY)
-        os.fsync(folder)  # and so is its name
-        os.close(folder)
-    except OSError as error:
-        sys.exit(
-            f"iteration {iteration}: cannot write {run_dir / 'checkpoint.tmp'}, {error.strerror}; "
-            f"last good state: {run_dir}"
-        )
+    with open(run_dir / "checkpoint.tmp", "wb") as file:
+        file.write(content.getbuffer())
+        file.flush()
+        os.fsync(file.fileno())  # on the disk before it takes the old one's place
+    os.replace(run_dir / "checkpoint.tmp", run_dir / "checkpoint.pt")
+    folder = os.open(run_dir, os.O_RDONLY)
+    os.fsync(folder)  # and so is its name
+    os.close(folder)
 
 
 def restore(checkpoint: dict, stateful: dict, recent_returns: deque) -> None:
@@ -951,17 +946,26 @@ def open_run(args: Args):
 @contextlib.contextmanager
 def explain_failure(args: Args, run_dir: Path):
     """Lets an error say where the last checkpoint is; a full disk or memory, in one line."""
+
+    def ignore_os_error(error):  # TensorBoard's thread hands it on to this one
+        if not issubclass(error.exc_type, OSError):
+            threading.__excepthook__(error)
+
+    unwritable = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
+    threading.excepthook = ignore_os_error
     try:
         yield
     except Exception as error:
-        full = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        if isinstance(error, OSError) and (error.errno in full or not run_dir.exists()):
-            sys.exit(f"{run_dir}: cannot be written, {error.strerror}; last good state: {run_dir}")
+        state = f"last good state: {run_dir}" if run_dir.exists() else "it is gone"
+        if isinstance(error, OSError) and (error.errno in unwritable or not run_dir.exists()):
+            sys.exit(f"cannot write {run_dir}, {error.strerror}; {state}")
         if isinstance(error, MemoryError) or "t allocate memory" in str(error):
             sizes = f"--num-envs {args.num_envs}, --num-steps {args.num_steps}"
             refuse(f"{sizes}: there is not enough memory. {error}")
-        error.add_note(f"last good state: {run_dir}")
+        error.add_note(state)
         raise
+    finally:
+        threading.excepthook = threading.__excepthook__
 
 
 def start_logging(run_dir: Path, args: Args, first_step: int) -> SummaryWriter | None:

@@ -407,7 +407,7 @@ def draw_line(panel: plt.Axes, group: pd.DataFrame, over: str) -> str:
     plural = "" if len(seeds) == 1 else "s"
     name = f"{shorten_command(group.command.iloc[0])}, {len(seeds)} seed{plural}"
     (line,) = panel.plot(grid, mean, label=fold(name))
-    color = str(line.get_color())
+    color = matplotlib.colors.to_hex(line.get_color())
     if len(seeds) > 1:
         panel.fill_between(grid, low, high, color=color, alpha=0.2, linewidth=0)
     return color

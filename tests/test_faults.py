@@ -4,7 +4,9 @@ import copy
 import itertools
 import random
 import resource
+import shutil
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -13,7 +15,8 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from conftest import import_scripts, load, run, run_dir_of, start, wait_until
+from conftest import ROOT, import_scripts, load, run, run_dir_of, start, wait_until
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 MODULES = import_scripts()
 SCRIPTS = list(MODULES)
@@ -236,3 +239,122 @@ def test_stops_at_random_moments(name, tmp_path):
     for i in range(20 if "multidiscrete" in name else 6):
         signum = rng.choice([signal.SIGTERM, signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
         stop_at_random(name, signum, rng.random(), tmp_path / str(i))
+
+
+@pytest.mark.parametrize(
+    "redirection", [">&-", "2>&-", ">&- 2>&-", ">/dev/full", "2>/dev/full", "2>&1 | head -n 0"]
+)
+def test_output_that_nobody_can_read(redirection, tmp_path):
+    """Fails when a training ends, or ends badly, because a line could not be printed."""
+    command = f"{sys.executable} {ROOT / 'ppo.py'} --total-timesteps 2048 {redirection}"
+    shell = ["bash", "-o", "pipefail", "-c", command]
+    result = subprocess.run(shell, cwd=tmp_path, capture_output=True, text=True, timeout=100)
+    assert result.returncode == 0, result.stderr
+    assert "Error" not in result.stderr
+    assert load(run_dir_of(tmp_path))["iteration"] == 4
+
+
+def test_a_folder_that_is_gone(tmp_path):
+    """Fails when it ends in TensorBoard's tracebacks."""
+    process = start("ppo.py", "--total-timesteps", 100_000_000, cwd=tmp_path)
+    wait_until(lambda: list(tmp_path.glob("runs/*/checkpoint.pt")) or process.poll() is not None)
+    time.sleep(1)
+    shutil.rmtree(tmp_path / "runs")
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 1
+    lines = [line for line in stderr.splitlines() if "steps/s" not in line]
+    assert len(lines) == 1 and "cannot write" in lines[0] and "it is gone" in lines[0], lines
+
+
+def test_an_error_of_the_environment_says_where_the_run_is(ppo, monkeypatch):
+    """Fails when the traceback is lost, or the place of the last checkpoint is not told."""
+    monkeypatch.setattr(ppo, "find_episodes", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError) as raised:
+        ppo.main(ppo.Args(total_timesteps=2048))
+    (run_dir,) = Path("runs").iterdir()
+    assert raised.value.__notes__ == [f"last good state: {run_dir}"]
+
+
+def test_sizes_that_need_too_much_memory(tmp_path):
+    """Fails when it ends in an allocator's traceback, or leaves a folder."""
+    sizes = ["--num-steps", 100_000_000_000, "--total-timesteps", 900_000_000_000]
+    result = run("ppo.py", *sizes, cwd=tmp_path)
+    assert result.returncode == 2, result.stderr
+    (line,) = result.stderr.splitlines()
+    assert "--num-steps 100000000000: there is not enough memory" in line
+    assert not list((tmp_path / "runs").iterdir())
+
+
+@pytest.mark.parametrize("wandb_mode", ["nonsense", "online"])
+def test_tracking_that_cannot_start(wandb_mode, tmp_path):
+    """Fails when W&B's errors end in a traceback, or leave the folder of a run."""
+    environment = {"WANDB_MODE": wandb_mode, "WANDB_API_KEY": "too-short", "HOME": str(tmp_path)}
+    result = run("ppo.py", "--track", cwd=tmp_path, **environment)
+    assert result.returncode == 2, result.stderr
+    (line,) = [line for line in result.stderr.splitlines() if line.startswith("ppo.py: ")]
+    assert line.startswith("ppo.py: --track: W&B says: ")
+    assert "Traceback" not in result.stderr
+    assert not list((tmp_path / "runs").iterdir())
+
+
+def test_names_that_another_script_learns(tmp_path):
+    """Fails when ppo.py does not lead to ppo_atari.py, or a version is chosen without a word."""
+    result = run("ppo.py", "--env-id", "BreakoutNoFrameskip-v4", cwd=tmp_path)
+    assert (result.returncode, len(result.stderr.splitlines())) == (2, 1)
+    assert "ppo_atari.py" in result.stderr
+    result = run("ppo.py", "--env-id", "CartPole", "--total-timesteps", 512, cwd=tmp_path)
+    assert result.returncode == 0 and "CartPole-v1" in result.stderr
+
+
+class Invisible(Overflow):
+    """An environment that cannot be rendered."""
+
+    metadata = {"render_modes": ["rgb_array"]}
+
+    def __init__(self, render_mode=None):
+        self.render_mode = render_mode
+
+    def render(self):
+        raise AttributeError("no OpenGL")
+
+
+@pytest.mark.parametrize("environment", [Invisible, Overflow])
+def test_what_cannot_be_filmed(environment, tmp_path, monkeypatch, capsys):
+    """Fails when a missing EGL or render_mode shows in the middle of a training, as a traceback."""
+    script = MODULES["ppo_continuous_action"]
+    monkeypatch.chdir(tmp_path)
+    spec = gym.envs.registration.EnvSpec("Dark-v0", environment)
+    monkeypatch.setitem(gym.registry, "Dark-v0", spec)
+    with pytest.raises(SystemExit) as ended:
+        script.main(script.Args(**SMALL, env_id="Dark-v0", capture_video=True))
+    assert ended.value.code == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if "ppo_con" in line]
+    assert len(lines) == 1 and "Dark-v0" in lines[0]
+    assert not list((tmp_path / "runs").iterdir())
+
+
+def test_compiling_without_a_compiler(tmp_path):
+    """Fails when it ends in a long traceback at the first gradient."""
+    result = run("ppo.py", "--compile", cwd=tmp_path, CXX="no-such-compiler")
+    assert result.returncode == 2
+    assert len(result.stderr.splitlines()) == 1 and "compiler" in result.stderr
+
+
+def test_threads_and_arguments_are_logged(ppo):
+    """Fails when a run does not tell its number of threads, or has no HPARAMS."""
+    ppo.main(ppo.Args(total_timesteps=512))
+    (run_dir,) = Path("runs").iterdir()
+    events = EventAccumulator(str(run_dir)).Reload()
+    tags = events.Tags()["tensors"]
+    text = events.Tensors(tags[0])[0].tensor_proto.string_val[0].decode()
+    assert "- threads: 1\n" in text and "- learning_rate: 0.00025\n" in text
+    assert b"hparams" in next(run_dir.glob("events*")).read_bytes()
+
+
+def test_a_finished_run_stays_as_it_is(ppo):
+    """Fails when going on with a finished run adds a file to it."""
+    score = ppo.main(ppo.Args(total_timesteps=512))
+    (run_dir,) = Path("runs").iterdir()
+    files = {path: path.read_bytes() for path in run_dir.iterdir()}
+    assert ppo.main(ppo.Args(total_timesteps=512, resume=str(run_dir))) == score
+    assert {path: path.read_bytes() for path in run_dir.iterdir()} == files

