@@ -924,6 +924,7 @@ def check_checkpoint(checkpoint: dict) -> None:
         allowed = (int, float) if isinstance(default, float) else (type(default),)
         if default is not None and type(args[name]) not in allowed:
             raise TypeError(f"{name} is {args[name]!r}")
+    Args(**args)  # refuses numbers that are out of range
 
 
 def save_checkpoint(
@@ -1190,17 +1191,25 @@ def flush(writer: SummaryWriter | None) -> None:
         writer.flush()
 
 
-def stop_logging(writer: SummaryWriter | None, args: Args, video_dir: Path) -> None:
-    """Closes TensorBoard's file, sends the films to W&B, and ends its run."""
-    if writer is None:
-        return
-    writer.close()
-    if args.track:
+def send_films(args: Args, video_dir: Path, sent: set[Path]) -> None:
+    """Sends W&B the films that it has not yet, in the order in which they were made."""
+    if args.track and get_rank() == 0:
         import wandb
 
-        for path in sorted(video_dir.glob("*.mp4"), key=os.path.getmtime):
+        films = sorted(set(video_dir.glob("*.mp4")) - sent, key=os.path.getmtime)
+        for path in films:
             wandb.log({"video": wandb.Video(str(path))})
-        wandb.finish()
+        sent.update(films)
+
+
+def stop_logging(writer: SummaryWriter | None, args: Args) -> None:
+    """Closes TensorBoard's file, and ends W&B's run."""
+    if writer is not None:
+        writer.close()
+        if args.track:
+            import wandb
+
+            wandb.finish()
 
 
 def summarize(run_dir: Path, recent_returns: deque, step: int, signum: int) -> float:
@@ -1282,6 +1291,7 @@ def train(args: Args, run_dir: Path, checkpoint: dict | None) -> float:
     save_checkpoint(run_dir, args, first_iteration, stateful, recent_returns)
     global_step = first_step
     start_time = time.time()
+    sent = set()  # films that W&B has
 
     for iteration in range(first_iteration, args.num_iterations):
         remaining = 1 - iteration / args.num_iterations
@@ -1312,8 +1322,8 @@ def train(args: Args, run_dir: Path, checkpoint: dict | None) -> float:
                 next_obs, rewards[t], terminated, truncated, infos = envs.step(action.cpu().numpy())
                 dones[t] = terminated | truncated
                 if "final_info" in infos:  # an episode has ended
-                    first = global_step + first_env + 1  # the step of the first environment
-                    episodes.extend(find_episodes(infos["final_info"], first))
+                    ended = find_episodes(infos["final_info"], global_step + first_env + 1)
+                    episodes.extend(ended)
                 global_step += args.num_envs
 
                 # A time limit is no death: what would have followed can be part of the reward
@@ -1367,6 +1377,7 @@ def train(args: Args, run_dir: Path, checkpoint: dict | None) -> float:
         metrics["charts/SPS"] = speed
         metrics["charts/mean_return"] = mean_return(recent_returns)
         log_metrics(writer, metrics, global_step)
+        send_films(args, video_dir, sent)
         progress.show(global_step, speed, mean_return(recent_returns))
 
         finished = iteration + 1 == args.num_iterations
@@ -1380,7 +1391,8 @@ def train(args: Args, run_dir: Path, checkpoint: dict | None) -> float:
 
     envs.close()
     progress.close()
-    stop_logging(writer, args, video_dir)
+    send_films(args, video_dir, sent)
+    stop_logging(writer, args)
     return summarize(run_dir, recent_returns, global_step, signum)
 
 

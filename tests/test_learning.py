@@ -1,10 +1,12 @@
 """ppo.py learns, its runs can be evaluated, tracked and watched."""
 
 import json
+import os
 import shutil
 import struct
 import subprocess
 import sys
+import types
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -142,3 +144,22 @@ def test_tracking_sends_metrics_config_code_and_videos(tracked):
     assert config["learning_rate"] == 2.5e-4 and config["env_id"] == "CartPole-v1"
     assert any(file.endswith(".mp4") for file in files), files
     assert (folder / "files" / "code" / "ppo.py").read_text() == (ROOT / "ppo.py").read_text()
+
+
+def test_films_are_sent_once_in_the_order_they_were_made(ppo, monkeypatch):
+    """Fails when films go to W&B by name (0, 1, 27, 8), twice, or only at the end."""
+    sent_to_wandb = []
+    fake = types.SimpleNamespace(log=lambda entry: sent_to_wandb.append(entry["video"]), Video=str)
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    args = ppo.Args(track=True)
+    video_dir = Path("videos")
+    video_dir.mkdir()
+    sent = set()
+    for made, episodes in enumerate([(0, 1, 8), (27,), ()]):
+        for episode in episodes:
+            film = video_dir / f"episode-{episode}.mp4"
+            film.touch()
+            os.utime(film, (100 * made + episode, 100 * made + episode))
+        ppo.send_films(args, video_dir, sent)
+    ppo.send_films(ppo.Args(track=False), video_dir, set())
+    assert sent_to_wandb == [f"videos/episode-{episode}.mp4" for episode in (0, 1, 8, 27)]

@@ -141,14 +141,14 @@ def test_importing_a_script_does_nothing(script, tmp_path):
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_lines_are_short(script):
-    """Fails when text is packed: a mean line of over 50 characters, or train has over 125 lines."""
+    """Fails when text is packed: a mean line of over 50 characters, or train has over 130 lines."""
     source = (ROOT / script).read_text()
     lines = [line for line in source.splitlines() if line.strip()]
     assert statistics.mean(map(len, lines)) <= 50
     assert max(map(len, lines)) <= 100
     (train,) = [node for node in ast.parse(source).body if getattr(node, "name", "") == "train"]
     code = source.splitlines()[train.lineno - 1 : train.end_lineno]
-    assert len([line for line in code if line.strip() and line.strip()[0] != "#"]) <= 125
+    assert len([line for line in code if line.strip() and line.strip()[0] != "#"]) <= 130
 
 
 def test_readme_figures_come_from_the_results():
