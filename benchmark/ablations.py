@@ -112,7 +112,7 @@ def one_environment(script: str, rollout: int) -> Variant:
 
 
 def general(
-    script: str, head: str = "", samples: str = "args.batch_size", valid: str = ""
+    script: str, head: str = "", samples: str = "share.batch_size", valid: str = ""
 ) -> list[Variant]:
     """Variants of what is the same in every script.
 

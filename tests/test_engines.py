@@ -259,7 +259,7 @@ def test_whole_games_are_logged_with_raw_rewards(script, scripted, tmp_path):
             totals[i] += experience * rewards[t + 1, i]  # Engine's row 0 is the reset
             lengths[i] += experience
             if end in ends:
-                expected.append((3 * (t + 1), totals[i], lengths[i]))
+                expected.append((3 * t + i + 1, totals[i], lengths[i]))
                 totals[i] = lengths[i] = 0
     steps = [(step, value) for step, value in scalars(run_dir, "charts/episodic_return")]
     assert steps == [(step, total) for step, total, _ in expected]

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import matplotlib
 import numpy as np
 import pandas as pd
 import pytest
@@ -171,7 +172,8 @@ def test_scripts_on_one_environment_share_a_panel(tmp_path, monkeypatch):
         assert len(names) == len({*names}) == entries
         for script in (first, second):
             assert any(name.startswith(f"{script}, published: ") for name in names)
-        assert len({line.get_color() for line in panel.lines}) == 2
+        colors = {matplotlib.colors.to_hex(line.get_color()) for line in panel.lines}
+        assert len(colors) == 2
 
         # The legend stands beside the curves, and within the figure
         figure.canvas.draw()
