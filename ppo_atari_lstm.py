@@ -50,7 +50,7 @@ import zlib
 from collections import deque
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Annotated, NoReturn, TextIO
+from typing import Annotated, NoReturn, TextIO, get_args
 
 import gymnasium as gym
 import numpy as np
@@ -832,13 +832,15 @@ def check_checkpoint(checkpoint: dict) -> None:
     np.array(checkpoint["recent_returns"], dtype=float)  # raises where one is no number
 
     args = checkpoint["args"]
-    fields = {field.name: field.default for field in dataclasses.fields(Args)}
+    fields = {field.name: field for field in dataclasses.fields(Args)}
     if args.keys() != fields.keys():
         others = ", ".join(sorted(args.keys() ^ fields.keys()))
         raise ValueError(f"is of a version with other arguments: {others}")
-    for name, default in fields.items():
-        allowed = (int, float) if isinstance(default, float) else (type(default),)
-        if default is not None and type(args[name]) not in allowed:
+    for name, field in fields.items():
+        allowed = get_args(field.type) if field.default is None else (type(field.default),)
+        if float in allowed:
+            allowed = (*allowed, int)
+        if type(args[name]) not in allowed:
             raise TypeError(f"{name} is {args[name]!r}")
     Args(**args)  # refuses numbers that are out of range
 
