@@ -613,7 +613,7 @@ def train_step(
     return stats
 
 
-# Several processes, started by torchrun. In a single one, nothing of this does anything.
+# Several processes, started by torchrun. In a single one, nothing of this changes anything.
 
 
 @contextlib.contextmanager
@@ -647,6 +647,7 @@ def divide(args: Args) -> Args:
     return replace(
         args,
         num_envs=args.num_envs // num_processes,
+        # As many iterations, because batch_size is divided too
         total_timesteps=args.total_timesteps // num_processes,
     )
 
@@ -753,7 +754,7 @@ def restore_process_settings():
 def catch_signals() -> list[int]:
     """From now on SIGINT (Ctrl-C), SIGTERM and SIGHUP only go into the list returned here.
 
-    main looks at it once an iteration, so that a run stops between two iterations, and saved. A
+    train looks at it once an iteration, so that a run stops between two iterations, and saved. A
     second Ctrl-C ends the program at once.
     """
     received = []
@@ -837,7 +838,9 @@ def check_checkpoint(checkpoint: dict) -> None:
         others = ", ".join(sorted(args.keys() ^ fields.keys()))
         raise ValueError(f"is of a version with other arguments: {others}")
     for name, field in fields.items():
-        allowed = get_args(field.type) if field.default is None else (type(field.default),)
+        allowed = (type(field.default),)
+        if field.default is None:  # such as float | None
+            allowed = get_args(field.type)
         if float in allowed:
             allowed = (*allowed, int)
         if type(args[name]) not in allowed:
@@ -952,9 +955,10 @@ def explain_failure(args: Args, run_dir: Path):
 
     def ignore_os_error(error):  # TensorBoard's thread hands it on to this one
         if not issubclass(error.exc_type, OSError):
-            threading.__excepthook__(error)
+            excepthook(error)
 
     unwritable = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
+    excepthook = threading.excepthook
     threading.excepthook = ignore_os_error
     try:
         yield
@@ -962,13 +966,13 @@ def explain_failure(args: Args, run_dir: Path):
         state = f"last good state: {run_dir}" if run_dir.exists() else "it is gone"
         if isinstance(error, OSError) and (error.errno in unwritable or not run_dir.exists()):
             sys.exit(f"cannot write {run_dir}, {error.strerror}; {state}")
-        if isinstance(error, MemoryError) or "t allocate memory" in str(error):
+        if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
             sizes = f"--num-envs {args.num_envs}, --num-steps {args.num_steps}"
             refuse(f"{sizes}: there is not enough memory. {error}")
         error.add_note(state)
         raise
     finally:
-        threading.excepthook = threading.__excepthook__
+        threading.excepthook = excepthook
 
 
 def start_logging(run_dir: Path, args: Args, first_step: int) -> SummaryWriter | None:
@@ -1027,7 +1031,10 @@ def find_episodes(final_info: dict, first_step: int) -> list[tuple[int, float, i
 
 def log_episodes(writer: SummaryWriter | None, episodes: list, recent_returns: deque) -> None:
     """Logs the episodes of all processes, by their steps."""
-    for step, episodic_return, length in sorted(sum(gather(episodes), [])):
+    of_all = []
+    for of_one_process in gather(episodes):
+        of_all.extend(of_one_process)
+    for step, episodic_return, length in sorted(of_all):
         recent_returns.append(episodic_return)
         metrics = {"charts/episodic_return": episodic_return, "charts/episodic_length": length}
         log_metrics(writer, metrics, step)

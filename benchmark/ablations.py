@@ -47,12 +47,13 @@ from tqdm import tqdm
 
 COPIES = RUNS / "ablations"
 BOOTSTRAPS = 2000
+MIN_SEEDS = 5  # of fewer, an interval would be too narrow
 
 # What tells one run from another in ablations.csv; of two that are equal in it, the later counts
 KEY = ["domain", "script", "detail", "variant", "env_id", "seed", "total_timesteps"]
 
 # Columns of compute_changes beside those of the environments
-NOT_ENV_IDS = ["script", "label", "change", "low", "high"]
+NOT_ENV_IDS = ["script", "label", "seeds", "change", "low", "high"]
 
 
 @dataclass
@@ -574,7 +575,7 @@ def compute_iqm(scores: np.ndarray, axis: int = -1) -> np.ndarray:
 def compute_change(full: pd.DataFrame, variant: pd.DataFrame) -> dict | None:
     """Lines of the full recipe and of a variant -> the change, with its interval and its parts.
 
-    The interval is NaN if an environment has less than two seeds; None if one has not been trained.
+    The interval is NaN if an environment has too few seeds; None if one has not been trained.
     """
     changes = {}
     samples = []  # for each environment, returns of the full recipe [S] and of the variant [S]
@@ -596,7 +597,8 @@ def compute_change(full: pd.DataFrame, variant: pd.DataFrame) -> dict | None:
         return np.mean(parts, axis=0)
 
     low, high = np.nan, np.nan
-    if min(map(len, samples)) > 1:
+    num_seeds = min(map(len, samples))
+    if num_seeds >= MIN_SEEDS:
         result = stats.bootstrap(
             samples,
             compute_mean_change,
@@ -605,7 +607,8 @@ def compute_change(full: pd.DataFrame, variant: pd.DataFrame) -> dict | None:
             rng=0,
         )
         low, high = result.confidence_interval
-    return {"change": np.mean(list(changes.values())), "low": low, "high": high} | changes
+    change = {"seeds": num_seeds, "change": np.mean(list(changes.values()))}
+    return change | {"low": low, "high": high} | changes
 
 
 def compute_changes(lines: pd.DataFrame) -> pd.DataFrame:

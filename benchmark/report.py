@@ -253,9 +253,9 @@ def describe_published(published: pd.DataFrame, steps: int) -> str:
     A number after other steps than the run's tells its steps, unless the run is an unfinished one.
     """
     texts = []
+    end = published.steps.max()
     for by, lines in published.groupby("by", sort=False):
         author = "" if by == "Huang et al." else f" ({by})"
-        end = lines.steps.max()
         for line in lines.sort_values("steps", ascending=False).itertuples():
             text = format_result(line.mean, line.std) + author
             if line.steps == end and end < (1 - SAME_STEPS) * steps:

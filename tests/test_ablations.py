@@ -262,12 +262,12 @@ def test_change_of_the_interquartile_mean(capsys):
     """Fails when the change is not that of the IQM, in units of what the full recipe gained."""
     lines = pd.concat(
         [
-            make_lines("A", "recipe", [0, 20, 30, 90], 5),  # IQM 25, gained 20
-            make_lines("B", "recipe", [-80, -80, -80, -80], -500),  # gained 420
-            make_lines("A", "nothing learned", [5, 5, 5, 5], 7),
-            make_lines("B", "nothing learned", [-500, -500], -500),
-            make_lines("A", "better", [45], 5),
-            make_lines("B", "better", [-80, -80], -500),
+            make_lines("A", "recipe", [0, 20, 25, 25, 30, 90], 5),  # IQM 25, gained 20
+            make_lines("B", "recipe", [-80] * 5, -500),  # gained 420
+            make_lines("A", "nothing learned", [5] * 5, 7),
+            make_lines("B", "nothing learned", [-500] * 5, -500),
+            make_lines("A", "better", [45] * 4, 5),
+            make_lines("B", "better", [-80] * 5, -500),
             make_lines("A", "only A", [45, 45], 5),
             make_lines("C", "recipe", [1, 1], 2),
             make_lines("C", "better", [7, 7], 2),
@@ -279,8 +279,9 @@ def test_change_of_the_interquartile_mean(capsys):
     assert changes.A.tolist() == pytest.approx([1.0, -1.0])
     assert changes.B.tolist() == pytest.approx([0.0, -1.0])
     better, nothing = changes.to_dict("records")
-    assert np.isnan(better["low"]) and np.isnan(better["high"])  # one seed on A
-    assert nothing["low"] < -1.2 and nothing["high"] > -0.8  # the full recipe's seeds on A
+    assert np.isnan(better["low"]) and np.isnan(better["high"])  # four seeds on A
+    assert nothing["low"] < -1.05 and nothing["high"] > -0.95  # the full recipe's seeds on A
+    assert (better["seeds"], nothing["seeds"]) == (4, 5)
     output = capsys.readouterr().err
     assert "ppo.py: has learned nothing on C, left out" in output
     assert "ppo.py, 9 only A: too few runs, left out" in output

@@ -246,7 +246,13 @@ def test_stops_at_random_moments(name, tmp_path):
 )
 def test_output_that_nobody_can_read(redirection, tmp_path):
     """Fails when a training ends, or ends badly, because a line could not be printed."""
-    command = f"{sys.executable} {ROOT / 'ppo.py'} --total-timesteps 2048 {redirection}"
+    (tmp_path / "train.py").write_text(
+        f"import itertools, sys, types\nsys.path.insert(0, {str(ROOT)!r})\nimport ppo\n"
+        "clock = itertools.count(1_790_000_000, 10)  # so that each iteration prints its line\n"
+        "ppo.time = types.SimpleNamespace(time=lambda: next(clock))\n"
+        "ppo.main(ppo.Args(total_timesteps=2048))\n"
+    )
+    command = f"{sys.executable} train.py {redirection}"
     shell = ["bash", "-o", "pipefail", "-c", command]
     result = subprocess.run(shell, cwd=tmp_path, capture_output=True, text=True, timeout=100)
     assert result.returncode == 0, result.stderr

@@ -1,6 +1,6 @@
 """Trains the agents of docs/agents/, evaluates them, and makes a short film of each.
 
-    python tools/make_agents.py                          # the three small ones, half an hour
+    python tools/make_agents.py                          # the three small ones
     python tools/make_agents.py CartPole-v1              # this one alone
     python tools/make_agents.py CartPole-v1 --run runs/CartPole-v1__ppo__1__1790000000
 
@@ -19,7 +19,7 @@ import subprocess
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated
 
 import gymnasium as gym
 import numpy as np
@@ -34,7 +34,7 @@ sys.path.insert(0, str(ROOT / "benchmark"))
 
 import evaluate  # noqa: E402
 import report  # noqa: E402
-from common import describe_machine  # noqa: E402
+from common import describe_machine, refuse  # noqa: E402
 
 MAX_BYTES = 600_000  # of a film
 
@@ -77,12 +77,6 @@ class Args:
     """folder of a finished run to take the agent from, instead of training"""
     episodes: int = 20
     """episodes to evaluate over"""
-
-
-def refuse(problem: str) -> NoReturn:
-    """Ends the program over something its user can mend: one line on stderr, exit code 2."""
-    print(f"{Path(__file__).name}: {' '.join(problem.split())}", file=sys.stderr)
-    raise SystemExit(2)
 
 
 def train(name: str) -> Path:

@@ -1,6 +1,6 @@
 """Makes the project's site out of the repository's own files.
 
-    pip install -e ".[docs]"
+    pip install -e ".[docs,benchmark]"
     python tools/make_site.py
     python -m http.server --directory site/html    # read it at http://localhost:8000
 
@@ -22,12 +22,17 @@ import sys
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
 
+import pandas as pd
 import tyro
 from compare import compare_names, read_script, render_comparison
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "benchmark"))
+
+import ablations  # noqa: E402
+from common import refuse  # noqa: E402
+
 SCRIPTS = sorted(path.name for path in ROOT.glob("ppo*.py"))
 BASELINES = "https://github.com/openai/baselines/blob"
 
@@ -65,12 +70,6 @@ class Detail:
     @property
     def anchor(self) -> str:
         return f"detail-{self.number.lower()}"
-
-
-def refuse(problem: str) -> NoReturn:
-    """Ends the program over something its user can mend: one line on stderr, exit code 2."""
-    print(f"{Path(__file__).name}: {' '.join(problem.split())}", file=sys.stderr)
-    raise SystemExit(2)
 
 
 def read(path: str) -> str:
@@ -212,11 +211,6 @@ def read_effects(results: Path) -> list[dict]:
     if not path.exists():
         return []
 
-    # What takes packages of the extra `benchmark` is imported only if there is something to show
-    sys.path.insert(0, str(ROOT / "benchmark"))
-    import ablations
-    import pandas as pd
-
     effects = []
     lines = pd.read_csv(path, dtype={"detail": str})
     for (domain, steps), of_domain in lines.groupby(["domain", "total_timesteps"]):
@@ -238,6 +232,7 @@ def read_effects(results: Path) -> list[dict]:
                 "instead": name,
                 "change": f"{100 * row['change']:+.0f} %",
                 "interval": interval,
+                "seeds": str(row["seeds"]),
                 "environments": ", ".join(env_ids),
                 "steps": f"{steps:,}",
             }
@@ -267,13 +262,14 @@ def list_numbers(number: str) -> list[str]:
 
 def show_effects(effects: list[dict]) -> str:
     """-> a table of measured effects, "" if there are none."""
-    head = ["script", "instead", "change", "95 %", "environments", "steps"]
+    head = ["script", "instead", "change", "95 %", "seeds", "environments", "steps"]
     rows = [
         [
             f"`{e['script']}`",
             e["instead"],
             e["change"],
             e["interval"],
+            e["seeds"],
             e["environments"],
             e["steps"],
         ]
@@ -605,7 +601,8 @@ def show_ablations(pages: Path, effects: list[dict]) -> str:
     parts = [
         "## Each detail taken out\n\n"
         "The change of the interquartile mean over seeds when one detail is taken out, in units of "
-        "what the full recipe gains in its training: -100 % is to have learned nothing.\n\n"
+        "what the full recipe gains in its training: -100 % is to have learned nothing. Of fewer "
+        "than five seeds there is no interval, and a change may be chance.\n\n"
     ]
     for domain in sorted({effect["domain"] for effect in effects}):
         parts.append(f"### {domain}\n\n")
@@ -626,11 +623,12 @@ def show_ablations(pages: Path, effects: list[dict]) -> str:
                         f"`{effect['script']}`",
                         effect["change"],
                         effect["interval"],
+                        effect["seeds"],
                         effect["environments"],
                         effect["steps"],
                     ]
                 )
-        head = ["detail", "instead", "script", "change", "95 %", "environments", "steps"]
+        head = ["detail", "instead", "script", "change", "95 %", "seeds", "environments", "steps"]
         parts.append(write_table(head, rows))
     return "".join(parts)
 
