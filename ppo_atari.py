@@ -160,6 +160,8 @@ class Args:
     """use the GPU if there is one"""
     compile: bool = False
     """compile the gradient step: some seconds at the start, faster updates"""
+    amp: bool = False
+    """half precision: the network computes in bfloat16, heads, losses and weights in float32"""
 
     @property
     def batch_size(self) -> int:
@@ -405,6 +407,7 @@ class Agent(nn.Module):
     """The policy (actor) and the value function (critic)."""
 
     inputs = ("obs",)  # what forward and act take
+    amp = False  # half precision
 
     def __init__(self, observation_space: gym.spaces.Box, action_space: gym.spaces.Discrete):
         super().__init__()
@@ -439,7 +442,9 @@ class Agent(nn.Module):
         images = obs.to(torch.float32, memory_format=torch.channels_last, copy=True)
         images /= 255  # a copy, so that not the rollout itself is scaled
 
-        hidden = self.network(images)
+        with torch.autocast(obs.device.type, torch.bfloat16, enabled=self.amp):
+            hidden = self.network(images)
+        hidden = hidden.float()
         return Categorical(self.actor(hidden)), self.critic(hidden).squeeze(-1)
 
     def act(self, obs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -1123,6 +1128,7 @@ def train(args: Args, run_dir: Path, checkpoint: dict | None) -> float:
     filming = args.capture_video and get_rank() == 0
     envs = make_envs(share, video_dir if filming else None)
     agent = Agent(envs.single_observation_space, envs.single_action_space).to(device)
+    agent.amp = args.amp
 
     # Detail 3: Adam epsilon 1e-5
     optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)
