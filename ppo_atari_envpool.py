@@ -158,7 +158,7 @@ class Args:
     torch_deterministic: bool = True
     """ask PyTorch for deterministic algorithms"""
     cuda: bool = True
-    """use the GPU if there is one"""
+    """use the GPU if there is one; a CPU is faster for layers as small as those of an MLP"""
     compile: bool = False
     """compile the gradient step: some seconds at the start, faster updates"""
     amp: bool = False
@@ -260,7 +260,7 @@ class Games(gym.vector.VectorEnv):
         return envpool.make_gymnasium(
             self.args.env_id,
             seed=np.remainder(seed, 2**31).tolist(),
-            num_threads=min(self.num_envs, torch.get_num_threads()),
+            num_threads=min(self.num_envs, count_cpus()),
             render_mode="rgb_array",
             # Detail 1: vectorised architecture
             num_envs=self.num_envs,
@@ -321,6 +321,13 @@ class Games(gym.vector.VectorEnv):
         if self.engine is not None:
             self.save_film()
             self.engine.close()
+
+
+def count_cpus() -> int:
+    """-> the CPUs that this process may use."""
+    if hasattr(os, "sched_getaffinity"):  # on Linux
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count()
 
 
 def make_envs(args: Args, video_dir: Path | None = None) -> gym.vector.VectorEnv:
@@ -649,6 +656,7 @@ def restore_process_settings():
     deterministic = torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
     fill_memory = torch.utils.deterministic.fill_uninitialized_memory
+    tf32 = torch.backends.cudnn.allow_tf32
     try:
         yield
     finally:
@@ -658,6 +666,7 @@ def restore_process_settings():
         torch.set_num_threads(threads)
         torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
         torch.utils.deterministic.fill_uninitialized_memory = fill_memory
+        torch.backends.cudnn.allow_tf32 = tf32
 
 
 def catch_signals() -> list[int]:
@@ -711,6 +720,10 @@ def use_deterministic_algorithms(enabled: bool) -> None:
     """Same seed, same machine, same number of threads: the same weights, bit for bit."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it
     torch.use_deterministic_algorithms(enabled, warn_only=True)
+
+    # Convolutions of a GPU in float32, like all else; PyTorch would round what they take to TF32
+    torch.backends.cudnn.allow_tf32 = False
+
     # This would also fill every new tensor with NaN, in case someone reads what nobody wrote:
     # a kernel for each on a GPU; on a CPU, no difference in speed was measured.
     torch.utils.deterministic.fill_uninitialized_memory = False
@@ -732,7 +745,7 @@ def load_checkpoint(run_dir: str | Path) -> dict:
 
 
 def check_checkpoint(checkpoint: dict) -> None:
-    """Raises ValueError, KeyError or TypeError over what main could not go on with."""
+    """Completes the arguments; raises ValueError, KeyError or TypeError over what cannot go on."""
     if checkpoint["script"] != Path(__file__).stem:
         raise ValueError(f"belongs to {checkpoint['script']}.py")
     if checkpoint.get("format") != CHECKPOINT_FORMAT:
@@ -743,18 +756,21 @@ def check_checkpoint(checkpoint: dict) -> None:
 
     args = checkpoint["args"]
     fields = {field.name: field for field in dataclasses.fields(Args)}
-    if args.keys() != fields.keys():
-        others = ", ".join(sorted(args.keys() ^ fields.keys()))
+    if args.keys() - fields.keys():
+        others = ", ".join(sorted(args.keys() - fields.keys()))
         raise ValueError(f"is of a version with other arguments: {others}")
-    for name, field in fields.items():
+    for name, value in args.items():
+        field = fields[name]
         allowed = (type(field.default),)
         if field.default is None:  # such as float | None
             allowed = get_args(field.type)
         if float in allowed:
             allowed = (*allowed, int)
-        if type(args[name]) not in allowed:
-            raise TypeError(f"{name} is {args[name]!r}")
-    Args(**args)  # refuses numbers that are out of range
+        if type(value) not in allowed:
+            raise TypeError(f"{name} is {value!r}")
+
+    # Refuses numbers that are out of range; arguments newer than the checkpoint have their defaults
+    checkpoint["args"] = asdict(Args(**args))
 
 
 def save_checkpoint(
@@ -1192,6 +1208,9 @@ def train(args: Args, run_dir: Path, checkpoint: dict | None) -> float:
         for _ in range(args.update_epochs):
             # Detail 6: minibatch updates
             order = samples[torch.randperm(len(samples), device=device)]
+            # The first ones come a second time, in place of the autoreset steps: so all minibatches
+            # are of one size, and --compile compiles once.
+            order = order[torch.arange(share.batch_size, device=device) % len(order)]
             for index in order.tensor_split(args.num_minibatches):
                 mb = {name: x[index] for name, x in batch.items()}
                 stats.append(train_step(agent, optimizer, mb, update_args))

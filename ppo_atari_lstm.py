@@ -29,6 +29,7 @@ are one sequence for the LSTM: one step of all N when acting, all T steps of som
 """
 
 import argparse
+import atexit
 import contextlib
 import ctypes
 import dataclasses
@@ -159,11 +160,13 @@ class Args:
     torch_deterministic: bool = True
     """ask PyTorch for deterministic algorithms"""
     cuda: bool = True
-    """use the GPU if there is one"""
+    """use the GPU if there is one; a CPU is faster for layers as small as those of an MLP"""
     compile: bool = False
     """compile the gradient step: some seconds at the start, faster updates"""
     amp: bool = False
     """half precision: the network computes in bfloat16, heads, losses and weights in float32"""
+    async_envs: bool = False
+    """step the environments in processes of their own, which pays where they are slow"""
 
     @property
     def batch_size(self) -> int:
@@ -372,7 +375,10 @@ def make_envs(args: Args, video_dir: Path | None = None) -> gym.vector.VectorEnv
     # Detail 1: vectorised architecture
     first = functools.partial(make_env, args, video_dir)
     others = [functools.partial(make_env, args)] * (args.num_envs - 1)
-    return gym.vector.SyncVectorEnv(
+    vector_env = gym.vector.SyncVectorEnv
+    if args.async_envs:
+        vector_env = make_processes
+    return vector_env(
         [first, *others],
         # The last step of an episode already brings the first observation of the next one, so
         # that every row of a rollout is experience.
@@ -380,6 +386,19 @@ def make_envs(args: Args, video_dir: Path | None = None) -> gym.vector.VectorEnv
         # The next step overwrites the observations; a rollout has copied them by then.
         copy=False,
     )
+
+
+def make_processes(env_fns: list, **options) -> gym.vector.AsyncVectorEnv:
+    """Environments in processes of their own; those leave signals to the training's process."""
+    signals = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
+    signal.pthread_sigmask(signal.SIG_BLOCK, signals)  # the new processes inherit it
+    try:
+        envs = gym.vector.AsyncVectorEnv(env_fns, **options)
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
+    for process in envs.processes:
+        atexit.register(process.kill)  # when an error has ended the training
+    return envs
 
 
 class Categorical:
@@ -484,12 +503,12 @@ class Agent(nn.Module):
         any_start = starts[1:].any(dim=1)  # [K - 1]
         later_segments = (any_start.nonzero().flatten() + 1).tolist()
         boundaries = [0, *later_segments, len(starts)]
+        going_on = (~starts).to(state.device, non_blocking=True).unsqueeze(-1)  # [K, E, 1]
 
         outputs = []
         for start, end in itertools.pairwise(boundaries):
             # Detail 34: LSTM states reset at episode ends
-            going_on = ~starts[start].to(state.device)  # [E]
-            state = state * going_on.unsqueeze(-1)
+            state = state * going_on[start]
 
             output, (h, c) = self.lstm(hidden[start:end], (state[:1], state[1:]))
             state = torch.cat([h, c])
@@ -746,6 +765,7 @@ def restore_process_settings():
     deterministic = torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
     fill_memory = torch.utils.deterministic.fill_uninitialized_memory
+    tf32 = torch.backends.cudnn.allow_tf32
     try:
         yield
     finally:
@@ -755,6 +775,7 @@ def restore_process_settings():
         torch.set_num_threads(threads)
         torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
         torch.utils.deterministic.fill_uninitialized_memory = fill_memory
+        torch.backends.cudnn.allow_tf32 = tf32
 
 
 def catch_signals() -> list[int]:
@@ -808,6 +829,10 @@ def use_deterministic_algorithms(enabled: bool) -> None:
     """Same seed, same machine, same number of threads: the same weights, bit for bit."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it
     torch.use_deterministic_algorithms(enabled, warn_only=True)
+
+    # Convolutions of a GPU in float32, like all else; PyTorch would round what they take to TF32
+    torch.backends.cudnn.allow_tf32 = False
+
     # This would also fill every new tensor with NaN, in case someone reads what nobody wrote:
     # a kernel for each on a GPU; on a CPU, no difference in speed was measured.
     torch.utils.deterministic.fill_uninitialized_memory = False
@@ -829,7 +854,7 @@ def load_checkpoint(run_dir: str | Path) -> dict:
 
 
 def check_checkpoint(checkpoint: dict) -> None:
-    """Raises ValueError, KeyError or TypeError over what main could not go on with."""
+    """Completes the arguments; raises ValueError, KeyError or TypeError over what cannot go on."""
     if checkpoint["script"] != Path(__file__).stem:
         raise ValueError(f"belongs to {checkpoint['script']}.py")
     if checkpoint.get("format") != CHECKPOINT_FORMAT:
@@ -840,18 +865,21 @@ def check_checkpoint(checkpoint: dict) -> None:
 
     args = checkpoint["args"]
     fields = {field.name: field for field in dataclasses.fields(Args)}
-    if args.keys() != fields.keys():
-        others = ", ".join(sorted(args.keys() ^ fields.keys()))
+    if args.keys() - fields.keys():
+        others = ", ".join(sorted(args.keys() - fields.keys()))
         raise ValueError(f"is of a version with other arguments: {others}")
-    for name, field in fields.items():
+    for name, value in args.items():
+        field = fields[name]
         allowed = (type(field.default),)
         if field.default is None:  # such as float | None
             allowed = get_args(field.type)
         if float in allowed:
             allowed = (*allowed, int)
-        if type(args[name]) not in allowed:
-            raise TypeError(f"{name} is {args[name]!r}")
-    Args(**args)  # refuses numbers that are out of range
+        if type(value) not in allowed:
+            raise TypeError(f"{name} is {value!r}")
+
+    # Refuses numbers that are out of range; arguments newer than the checkpoint have their defaults
+    checkpoint["args"] = asdict(Args(**args))
 
 
 def save_checkpoint(
@@ -1212,8 +1240,8 @@ def train(args: Args, run_dir: Path, checkpoint: dict | None) -> float:
         "values": torch.zeros(shape, device=device),
         "advantages": torch.zeros(shape, device=device),
         "returns": torch.zeros(shape, device=device),
-        "starts": torch.zeros(shape, dtype=torch.bool),  # on the host, where segments are counted
     }
+    episode_starts = torch.zeros(shape, dtype=torch.bool)  # on the host, which counts segments
     rewards = np.zeros(shape, np.float32)
     dones = np.zeros(shape, bool)
 
@@ -1250,7 +1278,7 @@ def train(args: Args, run_dir: Path, checkpoint: dict | None) -> float:
                 starts = torch.from_numpy(next_starts)
                 action, logprob, value, state = agent.act(obs, starts, state)
                 buffer["obs"][t] = obs
-                buffer["starts"][t] = starts
+                episode_starts[t] = starts
                 buffer["actions"][t] = action
                 buffer["logprobs"][t] = logprob
                 buffer["values"][t] = value
@@ -1292,8 +1320,10 @@ def train(args: Args, run_dir: Path, checkpoint: dict | None) -> float:
             # Detail 6: minibatch updates
             # Detail 35: sequential minibatches
             order = torch.randperm(share.num_envs)
-            for index in order.split(share.num_envs // args.num_minibatches):
+            for chosen in order.split(share.num_envs // args.num_minibatches):
+                index = chosen.to(device)
                 mb = {name: x[:, index].flatten(0, 1) for name, x in buffer.items()}
+                mb["starts"] = episode_starts[:, chosen].flatten()
 
                 # Detail 36: LSTM states reconstructed in training
                 mb["lstm_state"] = first_state[:, index]

@@ -305,7 +305,7 @@ def make_lstm() -> list[Variant]:
             else:
                 nn.init.zeros_(parameter)
 """
-    reset = "            state = state * going_on.unsqueeze(-1)\n"
+    reset = "            state = state * going_on[start]\n"
     state = 'mb["lstm_state"] = first_state[:, index]'
     zeros = 'mb["lstm_state"] = torch.zeros_like(first_state[:, index])'
 

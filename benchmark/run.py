@@ -5,6 +5,8 @@
         --save results/cartpole
     python benchmark/run.py --command "python ppo_atari.py --track" \\
         --env-ids PongNoFrameskip-v4 --slurm --gpus 1 --time 24:00:00
+    python benchmark/run.py --command "python ppo_atari_envpool.py" --env-ids Pong-v5 --slurm \\
+        --gpus 4 --nodes 2 --cpus 16
 
 Started again, it leaves out the runs that are finished and goes on with the others from their
 checkpoints: a run in runs/ belongs to a command if all of its arguments are those that the command
@@ -12,6 +14,9 @@ asks for, but for those that change nothing of what is trained, such as --track.
 is added to runs/logs/ENV_ID__EXP_NAME__SEED.log. A run that fails does not stop the others; the
 exit code is then 1. Ctrl-C stops all of them after their current iteration, with checkpoints; a
 second one at once.
+
+With --processes, torchrun starts so many processes that train a run together (detail A2); on Slurm
+a run has as many as GPUs on each of its nodes, if nothing else is said.
 
 No run is trained twice at a time: a run that another run.py trains is left out, and so is on Slurm
 one that is in the queue already. With --slurm, --save has the report written by a job of its own,
@@ -37,6 +42,7 @@ from pathlib import Path
 import cloudpickle
 import common
 import submitit
+import torch.distributed
 import tyro
 from common import (
     KEEPING,
@@ -73,8 +79,10 @@ class Args:
     """the first seed; the others follow it"""
     workers: int | None = None
     """runs at a time; if not given, one, or on Slurm all"""
+    processes: int | None = None
+    """processes that train a run together, on each node; if not given, one, or one a GPU"""
     threads: int | None = None
-    """threads of each run; if not given, one for small networks, else its share of the cores"""
+    """threads of each process; if not given, one for small networks, else its share of the cores"""
     evaluate: int = 0
     """episodes that evaluate.py plays with the agent of each finished run"""
     save: Path | None = None
@@ -90,15 +98,18 @@ class Args:
     """Slurm: quality of service"""
     time: str = "24:00:00"
     """Slurm: what a run may take before it is requeued, in minutes, HH:MM:SS or D-HH:MM:SS"""
+    nodes: int = 1
+    """Slurm: nodes of a run"""
     cpus: int = 4
-    """Slurm: cores of a run"""
+    """Slurm: cores of a run, on each node"""
     gpus: int = 0
-    """Slurm: GPUs of a run"""
+    """Slurm: GPUs of a run, on each node"""
     memory: int = 16
-    """Slurm: GB of memory of a run"""
+    """Slurm: GB of memory of a run, on each node"""
 
     def __post_init__(self):
         self.check("num_seeds")
+        self.check("nodes")
         self.check("cpus")
         self.check("memory")
         self.check("evaluate", low=0)
@@ -108,6 +119,11 @@ class Args:
             self.check("workers")
         if self.threads is not None:
             self.check("threads")
+        if self.processes is None:
+            self.processes = max(1, self.gpus)
+        self.check("processes")
+        if self.nodes > 1 and not self.slurm:
+            refuse(f"--nodes {self.nodes}: only Slurm has several; add --slurm")
         if parse_minutes(self.time) < 1:
             refuse(f"--time {self.time}: must be minutes, HH:MM:SS or D-HH:MM:SS, a minute or more")
 
@@ -146,13 +162,22 @@ class Job:
     Plain data, because Slurm's jobs are pickled. Raises ValueError for what is no training.
     """
 
-    def __init__(self, command: list[str], threads: int | None, episodes: int = 0):
+    def __init__(
+        self,
+        command: list[str],
+        threads: int | None,
+        episodes: int = 0,
+        processes: int = 1,
+        nodes: int = 1,
+    ):
         scripts = [word for word in command if word.endswith(".py")]
         if not scripts:
             raise ValueError(f"{shlex.join(command)} names no script")
         self.command = command
         self.threads = threads
         self.episodes = episodes  # to play when it is finished
+        self.processes = processes  # on each node
+        self.nodes = nodes
         self.script = scripts[0]
         self.child: subprocess.Popen | None = None
 
@@ -160,6 +185,11 @@ class Job:
         words = command[command.index(self.script) + 1 :]
         args = tyro.cli(load_script(self.script).Args, args=words, prog=self.script)
         self.num_iterations = args.num_iterations
+        if args.num_envs % (processes * nodes) != 0:
+            raise ValueError(
+                f"--num-envs {args.num_envs} must be a multiple of the number of processes, "
+                f"{processes * nodes}"
+            )
         self.args = asdict(args)
         self.name = f"{args.env_id}__{args.exp_name}__{args.seed}".replace("/", "-")
         self.log = LOGS / f"{self.name}.log"
@@ -202,20 +232,74 @@ class Job:
         return file
 
     def start(self) -> subprocess.Popen | None:
-        """Starts the run where it was left, unless it is finished. Raises BusyError."""
-        with self.lock() as lock:
-            run_dir, finished = self.find_run()
-            if finished:
-                return None
+        """Starts the run where it was left, unless it is finished. Raises BusyError.
 
-            command = list(self.command)
-            if run_dir is not None:
-                command += ["--resume", str(run_dir)]
-            return self.start_program(command, lock)
+        Of several nodes only the first looks at the run's files, and tells the others.
+        """
+        if self.node > 0:
+            options = self.share_with_nodes(None)
+            if options is None:
+                return None
+            self.log = LOGS / f"{self.name}.node{self.node}.log"
+            return self.start_program(self.spread_command() + options, None)
+
+        options = None
+        try:
+            with self.lock() as lock:
+                options = self.find_options()
+                if options is None:
+                    return None
+                return self.start_program(self.spread_command() + options, lock)
+        finally:
+            if self.nodes > 1:
+                self.share_with_nodes(options)
+
+    @property
+    def node(self) -> int:
+        """Which of the run's nodes this is, the first is 0."""
+        return int(os.environ["SLURM_NODEID"]) if self.nodes > 1 else 0
+
+    def share_with_nodes(self, words: list[str] | None) -> list[str] | None:
+        """-> what the run's first node has given here, on all of them."""
+        address, port = find_first_node()
+        box = [words]
+        torch.distributed.init_process_group(
+            "gloo",
+            init_method=f"tcp://{address}:{port + 1}",
+            rank=self.node,
+            world_size=self.nodes,
+        )
+        torch.distributed.broadcast_object_list(box)
+        torch.distributed.destroy_process_group()
+        return box[0]
+
+    def find_options(self) -> list[str] | None:
+        """-> what to add to the command, so that it goes on; None if the run is finished."""
+        run_dir, finished = self.find_run()
+        if finished:
+            return None
+        return [] if run_dir is None else ["--resume", str(run_dir)]
+
+    def spread_command(self) -> list[str]:
+        """-> the command, started by torchrun if there are to be several processes."""
+        if self.processes * self.nodes == 1:
+            return self.command
+
+        # Time to save, which a script does after the iteration
+        options = [f"--nproc-per-node={self.processes}", "--shutdown-timeout=600"]
+        if self.nodes == 1:
+            options += ["--standalone"]
+        else:
+            address, port = find_first_node()
+            options += [f"--nnodes={self.nodes}", f"--node-rank={self.node}"]
+            options += [f"--master-addr={address}", f"--master-port={port}"]
+        first = self.command.index(self.script)
+        torchrun = ["-m", "torch.distributed.run", *options]
+        return self.command[:first] + torchrun + self.command[first:]
 
     def start_evaluation(self) -> subprocess.Popen | None:
         """Starts evaluate.py on the finished run, unless it is not asked for or done."""
-        if self.episodes == 0:
+        if self.episodes == 0 or self.node > 0:
             return None
         run_dir, _ = self.find_run()
         if self.is_evaluated(run_dir):
@@ -228,7 +312,7 @@ class Job:
         with self.lock() as lock:
             return self.start_program(command, lock)
 
-    def start_program(self, command: list[str], lock: io.TextIOBase) -> subprocess.Popen:
+    def start_program(self, command: list[str], lock: io.TextIOBase | None) -> subprocess.Popen:
         """Starts a program that adds to the log; the lock is its own from then on."""
         environment = dict(os.environ)
         if self.threads is not None:
@@ -238,13 +322,14 @@ class Job:
         environment.setdefault("OMP_WAIT_POLICY", "passive")
 
         with self.log.open("a") as log:
+            self.log_start = log.tell()
             print("$", shlex.join(command), file=log, flush=True)
             return subprocess.Popen(
                 command,
                 stdout=log,
                 stderr=log,
                 env=environment,
-                pass_fds=[lock.fileno()],
+                pass_fds=[] if lock is None else [lock.fileno()],
                 # A session of its own, so that Ctrl-C reaches it through us only
                 start_new_session=True,
             )
@@ -276,13 +361,21 @@ class Job:
                 signal.signal(signum, handler)
 
             returncode = 0 if self.child is None else self.child.wait()
-            if returncode in STOPPED or returncode == -signal.SIGTERM:
+            if self.was_stopped(returncode):
                 # Slurm takes the node back, and has told the program too. It will end this job and
                 # requeue it; who returned before would count as having come to an end.
                 print(f"{self.name}: stopped, its state is saved", flush=True)
                 time.sleep(600)
             if returncode != 0:
                 raise RuntimeError(f"{self.name} failed:\n{self.read_log(20)}")
+
+    def was_stopped(self, returncode: int) -> bool:
+        """-> whether a signal has ended the program, so that it is to go on another time."""
+        if self.processes * self.nodes > 1:  # torchrun does not say it by its exit code
+            with self.log.open(errors="replace") as log:
+                log.seek(self.log_start)
+                return returncode != 0 and "SignalException: " in log.read()
+        return returncode in STOPPED or returncode == -signal.SIGTERM
 
     def checkpoint(self) -> submitit.helpers.DelayedSubmission:
         """Called by submitit before a preemption or the time limit.
@@ -294,7 +387,15 @@ class Job:
             # Not child.wait: this interrupts one, which holds its lock
             with contextlib.suppress(ChildProcessError):  # it has ended meanwhile
                 os.waitid(os.P_PID, self.child.pid, os.WEXITED | os.WNOWAIT)
-        return submitit.helpers.DelayedSubmission(Job(self.command, self.threads, self.episodes))
+        job = Job(self.command, self.threads, self.episodes, self.processes, self.nodes)
+        return submitit.helpers.DelayedSubmission(job)
+
+
+def find_first_node() -> tuple[str, int]:
+    """-> a Slurm job's first node, and a port on it that few others use, as few as the next."""
+    address = submitit.JobEnvironment().hostnames[0]
+    job_id = int(os.environ["SLURM_JOB_ID"])
+    return address, 20_000 + 2 * (job_id % 10_000)
 
 
 def leave_out_keeping(args: dict) -> dict:
@@ -376,7 +477,16 @@ class Queue:
                 child.terminate()
             pool.shutdown()
         for child in list(self.children):  # none, but for a second Ctrl-C
-            child.kill()
+            kill_with_children(child)
+
+
+def kill_with_children(process: subprocess.Popen) -> None:
+    """Kills a program, and first the processes that it has started, which outlive torchrun."""
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    with contextlib.suppress(OSError):  # it has ended meanwhile
+        for pid in children.read_text().split():
+            os.kill(int(pid), signal.SIGKILL)
+    process.kill()
 
 
 def ask_slurm(command: str) -> list[str]:
@@ -436,6 +546,7 @@ def submit(args: Args, jobs: list[Job], all_jobs: list[Job]) -> None:
             args,
             job_name=Path(jobs[0].script).stem,
             array_parallelism=args.workers or len(jobs),
+            nodes=args.nodes,
             cpus_per_task=args.cpus,
             gpus_per_node=args.gpus or None,
             additional_parameters={"requeue": True},
@@ -472,15 +583,13 @@ def submit(args: Args, jobs: list[Job], all_jobs: list[Job]) -> None:
 
 
 def count_threads(args: Args, script: str) -> int:
-    """-> threads of each run. Raises ValueError if the script is none."""
+    """-> threads of each process. Raises ValueError if the script is none."""
     if args.threads is not None:
         return args.threads
     if "use_one_thread" in vars(load_script(script)):  # its network is too small for more
         return 1
-    if args.slurm:
-        return args.cpus
-    cores = os.cpu_count() or 1
-    return max(1, cores // (args.workers or 1))
+    cores = args.cpus if args.slurm else (os.cpu_count() or 1) // (args.workers or 1)
+    return max(1, cores // args.processes)
 
 
 def make_jobs(args: Args) -> list[Job]:
@@ -496,7 +605,8 @@ def make_jobs(args: Args) -> list[Job]:
         for env_id in args.env_ids:
             options = ["--env-id", env_id, "--seed", str(seed)]
             try:
-                job = Job(command + options, args.threads, args.evaluate)
+                words = command + options
+                job = Job(words, args.threads, args.evaluate, args.processes, args.nodes)
                 job.threads = count_threads(args, job.script)
             except ValueError as error:
                 refuse(f"--command: {error}")

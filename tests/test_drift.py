@@ -30,6 +30,8 @@ OTHER_WORDS = {
         "ppo_continuous_action.py": "normalised",
         "ppo_atari_envpool.py": "EnvPool",
         "ppo_procgen.py": "EnvPool, rewards scaled",
+        "ppo_multidiscrete.py": "no processes: Java, once started, cannot be forked",
+        "ppo_multidiscrete_mask.py": "the same",
     },
     "Games": {
         "ppo_atari_envpool.py": "lives, and Atari's options of the engine",

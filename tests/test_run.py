@@ -47,7 +47,8 @@ def trainers(cwd: Path) -> dict[int, str]:
     for process in Path("/proc").glob("[0-9]*"):
         try:
             words = (process / "cmdline").read_text().split("\0")
-            if str(ROOT / "ppo.py") == words[1] and (process / "cwd").resolve() == cwd.resolve():
+            is_script = str(ROOT / "ppo.py") in words[1:3]  # torchrun says python -u
+            if is_script and (process / "cwd").resolve() == cwd.resolve():
                 found[int(process.name)] = " ".join(words)
         except (OSError, IndexError):  # it ended meanwhile, or is no program
             pass

@@ -161,3 +161,33 @@ def test_a_requeued_run_goes_on(slurm, tmp_path, how):
     steps = [step for step, _ in scalars(folder, "charts/SPS")]
     assert steps == [512 * (1 + i) for i in range(len(steps))] and len(steps) > reached
     assert "RuntimeError" not in errors(tmp_path)
+
+
+def test_two_processes_train_a_requeued_run(slurm, tmp_path):
+    """Fails when torchrun is not started, its end by a signal counts as a failure, or one is left.
+
+    Detail A2 on Slurm: what the tests above do with one process.
+    """
+    command = f"{PPO} --total-timesteps 20000000 --checkpoint-interval 5"
+    words = "--env-ids CartPole-v1 --num-seeds 1 --slurm --processes 2 --cpus 2 --memory 1"
+    result = run(tmp_path, command, *words.split())
+    assert result.returncode == 0, result.stderr
+    wait_until(lambda: iteration(tmp_path, "CartPole") > 0, 120)
+    assert len(trainers(tmp_path)) == 2
+    job = ask("squeue --noheader --format=%i").strip()
+
+    subprocess.run(["scontrol", "requeue", job], check=True)
+    wait_until(lambda: "PENDING" in ask("squeue --noheader --format=%T"), 90)
+    assert not trainers(tmp_path)
+    reached = iteration(tmp_path, "CartPole")
+    log = tmp_path / "runs" / "logs" / "CartPole-v1__ppo__1.log"
+    assert "to go on: " in log.read_text() and "RuntimeError" not in errors(tmp_path)
+
+    subprocess.run(["scontrol", "update", f"jobid={job}", "starttime=now"], check=True)
+    wait_until(lambda: iteration(tmp_path, "CartPole") > reached, 120)
+    subprocess.run(["scancel", job], check=True)
+    wait_until(lambda: not ask("squeue --noheader"), 90)
+    (folder,) = runs(tmp_path)
+    steps = [step for step, _ in scalars(folder, "charts/SPS")]
+    assert steps == [512 * (1 + i) for i in range(len(steps))] and len(steps) > reached
+    assert "RuntimeError" not in errors(tmp_path)
