@@ -87,6 +87,29 @@ def train_in(script, folder: Path, **args) -> Path:
     return run_dir_of(folder)
 
 
+def record(script, folder: Path, **sizes) -> tuple[dict, list, list]:
+    """Trains an iteration -> weights before it, its minibatches, the spaces of the agent."""
+    weights, minibatches, spaces = {}, [], []
+    init, step = script.Agent.__init__, script.train_step
+
+    def make_agent(agent, *given):
+        spaces[:] = given
+        init(agent, *given)
+
+    def train_step(agent, optimizer, mb, args):
+        if not weights:
+            weights.update({name: x.clone() for name, x in agent.state_dict().items()})
+        minibatches.append(mb)
+        return step(agent, optimizer, mb, args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(script.Agent, "__init__", make_agent)
+        patch.setattr(script, "train_step", train_step)
+        batch = sizes["num_envs"] * sizes["num_steps"]
+        train_in(script, folder, **sizes | {"total_timesteps": batch}, cuda=False)
+    return weights, minibatches, spaces
+
+
 def run_dir_of(cwd: Path) -> Path:
     """The only run in cwd/runs."""
     (run_dir,) = (cwd / "runs").iterdir()
