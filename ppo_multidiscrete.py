@@ -1298,10 +1298,11 @@ def train(args: Args, run_dir: Path, checkpoint: dict | None) -> float:
         for group in optimizer.param_groups:
             group["lr"] = learning_rate  # the same for every parameter group
 
-        # Detail A1: clip range annealing
+        # Detail A1: clip range annealing, in a tensor, as --compile takes numbers for constants
         update_args = args
         if args.anneal_clip:
-            update_args = replace(args, clip_coef=args.clip_coef * remaining)
+            clip_coef = torch.tensor(args.clip_coef * remaining, dtype=torch.float64)
+            update_args = replace(args, clip_coef=clip_coef.to(device))
 
         # Rollout: T steps of N environments
         episodes = []  # those that end in it

@@ -46,12 +46,24 @@ def apply(tmp_path):
         assert result.returncode == 0, result.stderr
         # git knows no fuzz, but it would look for a hunk at other lines.
         assert "offset" not in result.stderr, (
-            f"{result.stderr}\n{script} has other line numbers than docs/recipes.md: put there "
-            f"what `diff -u {script} {name}` says of the copy in {tmp_path}"
+            f"{result.stderr}\n{script} has other line numbers than docs/recipes.md: "
+            "run `python tools/refresh_recipes.py`"
         )
         return tmp_path / name
 
     return apply_to_copy
+
+
+@pytest.mark.parametrize("name", recipes())
+def test_refresh_recipes_gives_a_diff_its_line_numbers(name):
+    """Fails when the tool changes more of a diff than where its hunks begin."""
+    spec = importlib.util.spec_from_file_location("refresh", ROOT / "tools" / "refresh_recipes.py")
+    tool = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tool)
+    _, diff = recipes()[name]
+    moved = re.sub(r"^@@ -(\d+),", lambda hunk: f"@@ -{int(hunk[1]) + 7},", diff, flags=re.M)
+    assert moved != diff
+    assert tool.refresh(moved) == diff
 
 
 def train(copy: Path, *args: object) -> dict:
