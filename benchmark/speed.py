@@ -1,35 +1,37 @@
-"""Steps per second of a script beside Stable-Baselines3's PPO with the same hyperparameters.
+"""Steps per second of the scripts beside Stable-Baselines3's PPO and SBX, its twin in JAX.
 
-    pip install -e ".[atari,mujoco,envpool,microrts,benchmark]"
+    pip install -e ".[atari,mujoco,envpool,procgen,microrts,benchmark]" sbx-rl==0.28.0
     python benchmark/speed.py                          # ppo.py on CartPole-v1, 5 runs of each
     python benchmark/speed.py --script ppo_continuous_action --save halfcheetah.json
-    python benchmark/speed.py --script ppo_atari --repeats 3
-    python benchmark/speed.py --script ppo_atari_envpool --repeats 3
-    python benchmark/speed.py --script ppo_multidiscrete_mask
+    python benchmark/speed.py --script ppo_atari --processes 1 2 --repeats 3
+    python benchmark/speed.py --script ppo_procgen --processes 1 2 4 8 --cuda
+    python benchmark/speed.py --table benchmark/results/speed_*.json
 
-The contestants train on one machine and one environment. They take turns, each run in a process of
-its own, because shared machines change their speed from minute to minute: only the ratio of medians
-means something. All log to TensorBoard and compute on the same number of threads, one for MLPs.
-Stable-Baselines3 normalises (VecNormalize) and preprocesses (its Atari wrappers) where the script
-does. The first iteration is left out of the measurement, and with it the start of the program and
-the time to compile.
+The contestants train on one machine and one environment, with the script's hyperparameters. They
+take turns, each run in a process of its own, because shared machines change their speed from minute
+to minute: only the ratio of medians means something. All log to TensorBoard and compute on the same
+number of threads, one for MLPs; several processes share the cores. Stable-Baselines3 normalises
+(VecNormalize) and preprocesses (its Atari wrappers) where the script does, and so does SBX, which
+only takes part on vectors, and where it is installed. The first iteration is left out of the
+measurement, and with it the start of the program and the time to compile.
 
-The last two have environments of special engines. They are measured beside the script that they
-vary, ppo_atari.py on Breakout and ppo_multidiscrete.py, and the environments of both also alone,
-with random actions: the environments' share of a training step is the ratio of the two speeds, the
-rest is the network's.
+Engines of their own are also measured alone, with random actions, beside those of the script that
+they vary: ppo_atari.py and ppo_multidiscrete.py. The environments' share of a training step is the
+ratio of the two speeds, the rest is the network's.
 """
 
 import datetime
 import importlib.metadata
+import importlib.util
 import json
+import os
 import shlex
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal
@@ -45,18 +47,23 @@ STEPS = {
     "ppo": 100_000,
     "ppo_continuous_action": 40_960,
     "ppo_atari": 8_192,
+    "ppo_atari_lstm": 8_192,
     "ppo_atari_envpool": 8_192,
+    "ppo_procgen": 49_152,
+    "ppo_multidiscrete": 65_536,
     "ppo_multidiscrete_mask": 65_536,
 }
 
-# The scripts that are measured beside another one, for want of an equal in Stable-Baselines3
+SB3 = "stable-baselines3"
+SBX = "sbx"
+IN_SB3 = ("ppo", "ppo_continuous_action", "ppo_atari")
+IN_SBX = ("ppo", "ppo_continuous_action")
+
+# The scripts whose engines are measured beside another one's, alone
 BESIDE = {
     "ppo_atari_envpool": "ppo_atari",
     "ppo_multidiscrete_mask": "ppo_multidiscrete",
 }
-
-# How the names of contestants end
-COMPILED = " --compile"
 ALONE = ", environments alone"
 
 
@@ -70,33 +77,82 @@ class Args:
     """environment steps of one run"""
     repeats: int = 5
     """runs of each contestant"""
+    processes: list[int] = field(default_factory=lambda: [1])
+    """numbers of processes that train together (detail A2)"""
+    cuda: bool = False
+    """train on the GPU"""
     save: Path | None = None
     """file to write the measurements to, as JSON"""
+    table: list[Path] = field(default_factory=list)
+    """measure nothing, and print the table of these files"""
     run: str | None = None
     """only run this contestant, once, and print its steps/s (the child processes use it)"""
 
     def __post_init__(self):
         if self.repeats < 1:
             refuse(f"--repeats {self.repeats}: must be at least 1")
-        if self.run is not None and self.run not in list_contestants(self):
-            refuse(f"--run {self.run}: is none of {', '.join(list_contestants(self))}")
+        if min(self.processes, default=0) < 1:
+            refuse(f"--processes {' '.join(map(str, self.processes))}: must be at least 1")
+        names = [contestant.name for contestant in list_contestants(self)]
+        if self.run is not None and self.run not in names:
+            refuse(f"--run {self.run}: is none of {', '.join(names)}")
 
 
-def list_contestants(args: Args) -> list[str]:
-    """-> the names of all, the one that the others are compared with first."""
-    ours = f"{args.script}.py"
-    if args.script not in BESIDE:
-        return ["stable-baselines3", ours, ours + COMPILED]
+@dataclass(frozen=True)
+class Contestant:
+    """What is measured."""
 
-    other = f"{BESIDE[args.script]}.py"
-    return [other, ours, ours + COMPILED, other + ALONE, ours + ALONE]
+    name: str
+    program: str  # Stable-Baselines3, SBX or a script
+    options: tuple[str, ...] = ()  # of the script
+    processes: int = 1
+    alone: bool = False  # the environments, with random actions
+
+
+def list_contestants(args: Args) -> list[Contestant]:
+    """-> all of them, the one that the others are compared with first."""
+    contestants = []
+    if args.script in IN_SB3:
+        contestants.append(Contestant(SB3, SB3))
+    if args.script in IN_SBX and importlib.util.find_spec("sbx") is not None:
+        contestants.append(Contestant(SBX, SBX))
+
+    # The script with each of its options for speed, and with all of them
+    fields = vars(common.load_script(ROOT / f"{args.script}.py").Args)
+    options = [(), ("compile",)]
+    if "amp" in fields:
+        options += [("amp",), ("amp", "compile")]
+    if "async_envs" in fields:
+        options += [("async_envs",)]
+    for num_processes in args.processes:
+        ways = options
+        if num_processes > 1:  # as it is, and as fast as it can be
+            ways = [(), ("amp", "compile") if "amp" in fields else ("compile",)]
+        for names in ways:
+            contestants.append(make_contestant(args.script, names, num_processes))
+
+    if args.script in BESIDE:
+        other = BESIDE[args.script]
+        contestants.append(make_contestant(other))
+        for name in (other, args.script):
+            contestants.append(Contestant(f"{name}.py{ALONE}", name, alone=True))
+    return contestants
+
+
+def make_contestant(script: str, options: tuple[str, ...] = (), processes: int = 1) -> Contestant:
+    """-> a script with those options, such as "ppo.py --compile, 2 processes"."""
+    words = [f"--{option.replace('_', '-')}" for option in options]
+    name = " ".join([f"{script}.py", *words])
+    if processes > 1:
+        name += f", {processes} processes"
+    return Contestant(name, script, options, processes)
 
 
 def load_script(args: Args, name: str) -> tuple[ModuleType, Any]:
     """-> the script of that name, and its Args for one run."""
     script = common.load_script(ROOT / f"{name}.py")
     steps = STEPS[args.script] if args.steps is None else args.steps
-    script_args = script.Args(total_timesteps=steps, cuda=False)
+    script_args = script.Args(total_timesteps=steps, cuda=args.cuda)
 
     if args.env_id is not None:
         script_args = replace(script_args, env_id=args.env_id)
@@ -115,16 +171,24 @@ def check_args(args: Args) -> None:
 
         _, script_args = load_script(args, name)
         script.make_envs(replace(script_args, num_envs=1, num_minibatches=1)).close()
+        for number in args.processes:
+            if script_args.num_envs % number != 0:
+                refuse(f"--processes {number}: must divide {name}.py's --num-envs")
     if args.save is not None:
         check_writable(args.save, "--save")
 
 
-def measure_script(args: Args, name: str, compiled: bool) -> float:
-    """-> steps/s of a training by the script of that name, from its TensorBoard events."""
+def measure_script(args: Args, contestant: Contestant) -> float | None:
+    """-> steps/s of a training by a script, from its TensorBoard events; None in other processes.
+
+    Of several processes the first one has the events.
+    """
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    script, script_args = load_script(args, name)
-    script.main(replace(script_args, compile=compiled))
+    script, script_args = load_script(args, contestant.program)
+    script.main(replace(script_args, **dict.fromkeys(contestant.options, True)))
+    if os.environ.get("RANK", "0") != "0":
+        return None
 
     (run_dir,) = Path("runs").iterdir()
     events = EventAccumulator(str(run_dir), size_guidance={"scalars": 0})
@@ -155,14 +219,18 @@ def measure_environments(args: Args, name: str) -> float:
     return num_steps * envs.num_envs / seconds
 
 
-def measure_stable_baselines3(speed_args: Args) -> float:
-    """-> steps/s of a training by Stable-Baselines3's PPO, with the script's defaults."""
+def measure_baselines(speed_args: Args, contestant: Contestant) -> float:
+    """-> steps/s of a training by Stable-Baselines3's or SBX's PPO, with the script's defaults."""
     _, args = load_script(speed_args, speed_args.script)
     import torch
-    from stable_baselines3 import PPO
     from stable_baselines3.common.callbacks import BaseCallback
     from stable_baselines3.common.env_util import make_atari_env, make_vec_env
     from stable_baselines3.common.vec_env import VecFrameStack, VecNormalize
+
+    if contestant.program == SBX:
+        from sbx import PPO
+    else:
+        from stable_baselines3 import PPO
 
     class Clock(BaseCallback):
         """Notes when rollouts begin, and at which step."""
@@ -200,13 +268,14 @@ def measure_stable_baselines3(speed_args: Args) -> float:
         gamma=args.gamma,
         gae_lambda=args.gae_lambda,
         clip_range=args.clip_coef,
-        clip_range_vf=args.clip_coef,
+        # SBX has no clipping of the value
+        clip_range_vf=args.clip_coef if contestant.program == SB3 else None,
         ent_coef=args.ent_coef,
         vf_coef=args.vf_coef,
         max_grad_norm=args.max_grad_norm,
         tensorboard_log="runs",
         seed=args.seed,
-        device="cpu",
+        device="cuda" if speed_args.cuda else "cpu",
     )
     clock = Clock()
     total_steps = args.num_iterations * args.batch_size
@@ -217,22 +286,31 @@ def measure_stable_baselines3(speed_args: Args) -> float:
     return (total_steps - clock.start_steps[1]) / seconds
 
 
-def measure(args: Args, contestant: str) -> float:
-    """-> steps/s of one run of that contestant."""
-    if contestant == "stable-baselines3":
-        return measure_stable_baselines3(args)
-
-    name = contestant.split(".py")[0]
-    if contestant.endswith(ALONE):
-        return measure_environments(args, name)
-    return measure_script(args, name, compiled=contestant.endswith(COMPILED))
+def measure(args: Args, contestant: Contestant) -> float | None:
+    """-> steps/s of one run of that contestant, in the process that knows it."""
+    if contestant.program in (SB3, SBX):
+        return measure_baselines(args, contestant)
+    if contestant.alone:
+        return measure_environments(args, contestant.program)
+    return measure_script(args, contestant)
 
 
-def measure_in_child(contestant: str) -> float:
-    """-> steps/s of one run of that contestant, in a process and a folder of its own."""
-    command = [sys.executable, __file__, *sys.argv[1:], "--run", contestant]
+def measure_in_child(contestant: Contestant) -> float:
+    """-> steps/s of one run of that contestant, in processes and a folder of its own."""
+    command = [sys.executable]
+    environment = dict(os.environ)
+    if contestant.processes > 1:
+        command += ["-m", "torch.distributed.run", "--standalone"]
+        command += [f"--nproc-per-node={contestant.processes}"]
+        threads = max(1, (os.cpu_count() or 1) // contestant.processes)
+        environment["OMP_NUM_THREADS"] = str(threads)
+    if contestant.program == SBX:  # one thread, as all have for MLPs
+        one = "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"
+        environment["XLA_FLAGS"] = one
+
+    command += [__file__, *sys.argv[1:], "--run", contestant.name]
     with tempfile.TemporaryDirectory() as folder:
-        child = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+        child = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
     if child.returncode != 0:
         sys.exit(child.stderr)
     return float(child.stdout.split()[-1])
@@ -244,9 +322,10 @@ def compute_ratio(medians: dict[str, float]) -> dict[str, float]:
     Environments alone are compared with environments alone.
     """
     first = next(iter(medians))
+    first_alone = next((name for name in medians if name.endswith(ALONE)), None)
     ratio = {}
     for contestant, median in medians.items():
-        reference = first + ALONE if contestant.endswith(ALONE) else first
+        reference = first_alone if contestant.endswith(ALONE) else first
         ratio[contestant] = median / medians[reference]
     return ratio
 
@@ -271,7 +350,10 @@ def save_record(
 ) -> None:
     """Writes the measurements, and how they came about, into the file args.save."""
     _, script_args = load_script(args, args.script)
-    sb3_version = importlib.metadata.version("stable-baselines3")
+    versions = [f"SB3 {importlib.metadata.version('stable-baselines3')}"]
+    if SBX in measured:
+        versions.append(f"SBX {importlib.metadata.version('sbx-rl')}")
+        versions.append(f"JAX {importlib.metadata.version('jax')}")
     steps_per_second = {}
     for name, speeds in measured.items():
         steps_per_second[name] = [round(speed) for speed in speeds]
@@ -280,7 +362,8 @@ def save_record(
         "command": shlex.join(["python", "benchmark/speed.py", *sys.argv[1:]]),
         "commit": find_commit(),
         "date": datetime.date.today().isoformat(),
-        "machine": f"{describe_machine()}, SB3 {sb3_version}",
+        "machine": ", ".join([describe_machine(), *versions]),
+        "script": args.script,
         "env_id": script_args.env_id,
         "steps": script_args.total_timesteps,
         "steps_per_second": steps_per_second,
@@ -291,22 +374,80 @@ def save_record(
     args.save.write_text(json.dumps(record, indent=2) + "\n")
 
 
+def make_table(records: list[dict]) -> str:
+    """-> two Markdown tables of what save_record wrote: ways to train, and environments alone.
+
+    The first one has a row a script. A cell is the median of steps/s, and how many times that is
+    of the reference: the faster one of Stable-Baselines3 and SBX, or the script as it is where
+    neither took part. In the second one, the reference is the environments of the other script.
+    """
+    trainings = []
+    alone = []
+    for record in sorted(records, key=lambda record: list(STEPS).index(record["script"])):
+        speeds = record["steps_per_second"]
+        medians = {name: statistics.median(of_one) for name, of_one in speeds.items()}
+        script = f"{record['script']}.py"
+        reference = max(medians.get(SB3, 0), medians.get(SBX, 0)) or medians[script]
+
+        row = {"script": script, "environment": record["env_id"]}
+        for name, median in medians.items():
+            if name.endswith(ALONE):
+                cells = [name.removesuffix(ALONE), f"{median:.0f}", f"{record['ratio'][name]:.2f}"]
+                share = record["share_of_environments"].get(cells[0])
+                alone.append([*cells, "" if share is None else f"{share:.0%}"])
+            elif name in (SB3, SBX) or name.split(" ")[0].strip(",") == script:
+                way = name.removeprefix(script).strip(" ,") or "as it is"
+                row[way] = f"{median:.0f} ({median / reference:.2f})"
+        trainings.append(row)
+
+    # Columns in the order in which the scripts have them, several processes last
+    columns = list(dict.fromkeys(name for row in trainings for name in row))
+    columns.sort(key=lambda name: "processes" in name)
+    table = make_rows(columns, [[row.get(name, "") for name in columns] for row in trainings])
+    if alone:
+        columns = ["environments alone of", "steps/s", "ratio", "share of a training step"]
+        table += "\n" + make_rows(columns, alone)
+    return table
+
+
+def make_rows(columns: list[str], rows: list[list[str]]) -> str:
+    """-> a Markdown table."""
+    lines = [columns, ["---"] * len(columns), *rows]
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
+
+
+def read_record(path: Path) -> dict:
+    """-> what save_record wrote; refuses what is none of it."""
+    try:
+        record = json.loads(path.read_text())
+        record["script"], record["steps_per_second"]
+    except (OSError, ValueError, KeyError) as error:
+        refuse(f"--table {path}: {type(error).__name__}, {error}")
+    return record
+
+
 def main(args: Args) -> None:
-    """Measures one run of one contestant, or all runs of all."""
+    """Measures one run of one contestant, or all runs of all; or prints a table."""
+    if args.table:
+        print(make_table([read_record(path) for path in args.table]), end="")
+        return
+
+    contestants = list_contestants(args)
     if args.run is not None:
-        print(measure(args, args.run))
+        (contestant,) = [one for one in contestants if one.name == args.run]
+        speed = measure(args, contestant)
+        if speed is not None:
+            print(speed)
         return
 
     check_args(args)
 
     # All have their turn before any has its next one
-    contestants = list_contestants(args)
-    turns = contestants * args.repeats
-    measured = {contestant: [] for contestant in contestants}
-    progress = tqdm(turns, unit=" runs")
+    measured = {contestant.name: [] for contestant in contestants}
+    progress = tqdm(contestants * args.repeats, unit=" runs")
     for contestant in progress:
-        progress.set_postfix_str(contestant)
-        measured[contestant].append(measure_in_child(contestant))
+        progress.set_postfix_str(contestant.name)
+        measured[contestant.name].append(measure_in_child(contestant))
 
     medians = {name: statistics.median(speeds) for name, speeds in measured.items()}
     ratio = compute_ratio(medians)
