@@ -85,7 +85,7 @@ class Args:
     """file to write the measurements to, as JSON"""
     table: list[Path] = field(default_factory=list)
     """measure nothing, and print the table of these files"""
-    run: str | None = None
+    contestant: str | None = None
     """only run this contestant, once, and print its steps/s (the child processes use it)"""
 
     def __post_init__(self):
@@ -94,8 +94,8 @@ class Args:
         if min(self.processes, default=0) < 1:
             refuse(f"--processes {' '.join(map(str, self.processes))}: must be at least 1")
         names = [contestant.name for contestant in list_contestants(self)]
-        if self.run is not None and self.run not in names:
-            refuse(f"--run {self.run}: is none of {', '.join(names)}")
+        if self.contestant is not None and self.contestant not in names:
+            refuse(f"--contestant {self.contestant}: is none of {', '.join(names)}")
 
 
 @dataclass(frozen=True)
@@ -308,7 +308,7 @@ def measure_in_child(contestant: Contestant) -> float:
         one = "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"
         environment["XLA_FLAGS"] = one
 
-    command += [__file__, *sys.argv[1:], "--run", contestant.name]
+    command += [__file__, *sys.argv[1:], "--contestant", contestant.name]
     with tempfile.TemporaryDirectory() as folder:
         child = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
     if child.returncode != 0:
@@ -433,8 +433,8 @@ def main(args: Args) -> None:
         return
 
     contestants = list_contestants(args)
-    if args.run is not None:
-        (contestant,) = [one for one in contestants if one.name == args.run]
+    if args.contestant is not None:
+        (contestant,) = [one for one in contestants if one.name == args.contestant]
         speed = measure(args, contestant)
         if speed is not None:
             print(speed)

@@ -268,3 +268,19 @@ def test_two_processes_learn_cartpole(tmp_path):
     _, stderr = process.communicate(timeout=900)
     assert process.returncode == 0, stderr
     assert np.mean(load(run_dir_of(tmp_path))["recent_returns"]) >= 475
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MODULES)
+def test_compiled_processes_compute_the_same(name, tmp_path):
+    """Fails when --compile cannot pass the sum over processes, or leaves it out."""
+    losses = []
+    for folder, options in (("eager", []), ("compiled", ["--compile", "--anneal-clip"])):
+        (tmp_path / folder).mkdir()
+        command = [ROOT / f"{name}.py", *WORDS, "--total-timesteps", 64, *options]
+        process = torchrun(*command, cwd=tmp_path / folder)
+        _, stderr = process.communicate(timeout=600)
+        assert process.returncode == 0, stderr
+        run_dir = run_dir_of(tmp_path / folder)
+        losses.append(scalars(run_dir, "losses/value_loss") + scalars(run_dir, "losses/grad_norm"))
+    assert losses[0] == [(step, pytest.approx(value, rel=1e-3)) for step, value in losses[1]]
