@@ -15,7 +15,7 @@ from conftest import ROOT
         (["--steps", "0"], "speed.py: --steps 0: must be at least two rollouts of ppo.py, 1024"),
         (["--steps", "1023"], "speed.py: --steps 1023: must be at least two rollouts of ppo.py"),
         (["--save", "file/x.json"], "speed.py: --save file/x.json: cannot be written"),
-        (["--contestant", "nothing"], "speed.py: --contestant nothing: is none of stable-baselines3, "),
+        (["--contestant", "nothing"], "speed.py: --contestant nothing: is none of "),
         (["--env-id", "NoSuch-v0"], "ppo.py: --env-id NoSuch-v0: "),
     ],
     ids=" ".join,
