@@ -718,13 +718,18 @@ def join_processes(args: Args):
 
 def divide(args: Args) -> Args:
     """-> the sizes of one process: N / W environments, and its share of a minibatch."""
-    num_processes = len(gather(None))
+    num_processes = count_processes()
     return replace(
         args,
         num_envs=args.num_envs // num_processes,
         # As many iterations, because batch_size is divided too
         total_timesteps=args.total_timesteps // num_processes,
     )
+
+
+def count_processes() -> int:
+    """-> processes that train together."""
+    return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def get_rank() -> int:
@@ -736,7 +741,7 @@ def gather(value) -> list:
     """-> this value of every process, in their order."""
     if not dist.is_initialized():
         return [value]
-    values = [None] * dist.get_world_size()
+    values = [None] * count_processes()
     dist.all_gather_object(values, value)
     return values
 
@@ -957,6 +962,7 @@ def save_checkpoint(
         "format": CHECKPOINT_FORMAT,
         "script": Path(__file__).stem,
         "args": asdict(args),
+        "processes": count_processes(),
         "iteration": iteration,
         "recent_returns": list(recent_returns),
         "python_random": random.getstate(),
@@ -1076,7 +1082,10 @@ def start_logging(run_dir: Path, args: Args, first_step: int) -> SummaryWriter |
     if get_rank() > 0:
         return None
 
-    config = asdict(args) | {"threads": torch.get_num_threads()}  # they change the last bits
+    # Threads and processes change the last bits of all results
+    config = asdict(args)
+    config["threads"] = torch.get_num_threads()
+    config["processes"] = count_processes()
     if args.track:
         import wandb  # here, because it is slow to import, and rarely needed
 

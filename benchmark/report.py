@@ -102,12 +102,13 @@ class Args:
     """where the runs were trained, if not here"""
 
 
-def build_command(script: Path, args: dict) -> str:
+def build_command(script: Path, args: dict, processes: int) -> str:
     """-> the command that such a run begins with, without its seed. Raises ValueError.
 
     Arguments that change nothing of what is trained are no part of it.
     """
-    words = [f"python {script.name}"]
+    start = "python" if processes == 1 else f"torchrun --nproc-per-node {processes}"
+    words = [f"{start} {script.name}"]
     for option in dataclasses.fields(load_script(script).Args):
         name = option.name.replace("_", "-")
         value = args[option.name]
@@ -177,7 +178,7 @@ def read_run(
     if "charts/episodic_return" not in tags:
         raise NoRunError("no episode has ended yet, so there is no return to report")
     try:
-        command = build_command(script, args)
+        command = build_command(script, args, checkpoint.get("processes", 1))
     except (ValueError, KeyError) as error:
         raise NoRunError(f"does not fit {script}, {error}") from None
 
@@ -474,6 +475,7 @@ def make_readme_table() -> str:
     """-> the table of all measured runs."""
     paths = sorted((ROOT / "benchmark" / "results").glob("*_runs.csv"))
     runs = pd.concat([pd.read_csv(path) for path in paths])
+    runs = runs.drop_duplicates("run")  # a run may stand in several figures
     return make_table(runs.sort_values(GROUP, kind="stable"))
 
 

@@ -360,7 +360,9 @@ class Job:
             finally:
                 signal.signal(signum, handler)
 
-            returncode = 0 if self.child is None else self.child.wait()
+            if self.child is None:  # there is nothing to do
+                continue
+            returncode = self.child.wait()
             if self.was_stopped(returncode):
                 # Slurm takes the node back, and has told the program too. It will end this job and
                 # requeue it; who returned before would count as having come to an end.

@@ -59,6 +59,9 @@ SBX = "sbx"
 IN_SB3 = ("ppo", "ppo_continuous_action", "ppo_atari")
 IN_SBX = ("ppo", "ppo_continuous_action")
 
+# A script's options for speed, if it has them
+OPTIONS = ("compile", "amp", "async_envs")
+
 # The scripts whose engines are measured beside another one's, alone
 BESIDE = {
     "ppo_atari_envpool": "ppo_atari",
@@ -79,6 +82,8 @@ class Args:
     """runs of each contestant"""
     processes: list[int] = field(default_factory=lambda: [1])
     """numbers of processes that train together (detail A2)"""
+    leave_out: list[str] = field(default_factory=list)
+    """options that are not measured, such as amp on a processor without bfloat16"""
     cuda: bool = False
     """train on the GPU"""
     save: Path | None = None
@@ -91,6 +96,9 @@ class Args:
     def __post_init__(self):
         if self.repeats < 1:
             refuse(f"--repeats {self.repeats}: must be at least 1")
+        for name in self.leave_out:
+            if name not in OPTIONS:
+                refuse(f"--leave-out {name}: is none of {', '.join(OPTIONS)}")
         if min(self.processes, default=0) < 1:
             refuse(f"--processes {' '.join(map(str, self.processes))}: must be at least 1")
         names = [contestant.name for contestant in list_contestants(self)]
@@ -117,18 +125,15 @@ def list_contestants(args: Args) -> list[Contestant]:
     if args.script in IN_SBX and importlib.util.find_spec("sbx") is not None:
         contestants.append(Contestant(SBX, SBX))
 
-    # The script with each of its options for speed, and with all of them
+    # The script with each of its options for speed, and as fast as it can be
     fields = vars(common.load_script(ROOT / f"{args.script}.py").Args)
-    options = [(), ("compile",)]
-    if "amp" in fields:
-        options += [("amp",), ("amp", "compile")]
-    if "async_envs" in fields:
-        options += [("async_envs",)]
+    known = [name for name in OPTIONS if name in fields and name not in args.leave_out]
+    fastest = tuple(name for name in ("amp", "compile") if name in known)
+    ways = [(), *((name,) for name in known), fastest]
     for num_processes in args.processes:
-        ways = options
-        if num_processes > 1:  # as it is, and as fast as it can be
-            ways = [(), ("amp", "compile") if "amp" in fields else ("compile",)]
-        for names in ways:
+        if num_processes > 1:
+            ways = [(), fastest]
+        for names in dict.fromkeys(ways):
             contestants.append(make_contestant(args.script, names, num_processes))
 
     if args.script in BESIDE:

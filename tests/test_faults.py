@@ -358,7 +358,7 @@ def test_threads_and_arguments_are_logged(ppo):
     events = EventAccumulator(str(run_dir)).Reload()
     tags = events.Tags()["tensors"]
     text = events.Tensors(tags[0])[0].tensor_proto.string_val[0].decode()
-    assert "- threads: 1\n" in text and "- learning_rate: 0.00025\n" in text
+    assert "- threads: 1\n- processes: 1\n" in text and "- learning_rate: 0.00025\n" in text
     assert b"hparams" in next(run_dir.glob("events*")).read_bytes()
 
 

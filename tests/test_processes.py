@@ -138,7 +138,7 @@ def test_processes_stay_equal_and_write_one_run(name, trained):
     assert score0 == score1 or np.isnan([score0, score1]).all()
     (run_dir,) = [path for path in trained[2] if load(path)["script"] == name]
     saved = load(run_dir)
-    assert saved["iteration"] == 4 and saved["args"]["num_envs"] == 4
+    assert saved["iteration"] == 4 and saved["processes"] == 2 and saved["args"]["num_envs"] == 4
     assert all(torch.equal(weights, saved["agent"][key]) for key, weights in first.items())
     assert len(list(run_dir.glob("events*"))) == 1
     assert [step for step, _ in scalars(run_dir, "charts/SPS")] == [64, 128, 192, 256]

@@ -362,3 +362,16 @@ def test_what_is_no_run_is_left_out(folder, tmp_path):
     result = subprocess.run([*command, str(good)], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert len(pd.read_csv(tmp_path / "x_runs.csv")) == 1
+
+
+def test_several_processes_are_told(folder, tmp_path):
+    """Fails when a run by two processes passes for one by a single process."""
+    (run_dir,) = (folder / "runs").glob("CartPole-v1__ppo__3__*")
+    copied = tmp_path / run_dir.name
+    shutil.copytree(run_dir, copied)
+    checkpoint = torch.load(copied / "checkpoint.pt", weights_only=True)
+    assert checkpoint["processes"] == 1
+    torch.save(checkpoint | {"processes": 2}, copied / "checkpoint.pt")
+    run, _ = report.read_run(copied, "here")
+    assert run["command"].startswith("torchrun --nproc-per-node 2 ppo.py --total-timesteps 4096")
+    assert report.shorten_command(run["command"]).startswith("torchrun")

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import run as run_module
 import submitit
+import torch
 from conftest import ROOT, load, scalars, wait_until
 
 RUN = ROOT / "benchmark" / "run.py"
@@ -408,3 +409,36 @@ def test_submitits_local_executor(tmp_path, monkeypatch):
     assert iteration(tmp_path, "CartPole-v1__ppo__1") == 2
     with pytest.raises(submitit.core.utils.FailedJobError, match="NoSuch-v0__ppo__1 failed"):
         bad.result()
+
+
+def test_two_nodes_train_one_run(tmp_path):
+    """Fails when nodes do not find each other, train a run each, or disagree whether to resume."""
+    program = (
+        "import sys, run\n"
+        "command = [sys.executable, sys.argv[1], '--total-timesteps', sys.argv[2]]\n"
+        "run.Job(command, threads=1, nodes=2)()\n"
+    )
+    slurm = {"SUBMITIT_EXECUTOR": "slurm", "SLURM_JOB_ID": str(os.getpid())}
+    slurm["SLURM_JOB_NODELIST"] = "localhost,elsewhere"
+    for steps in (2048, 4096, 4096):  # begins, goes on, has nothing to do
+        nodes = []
+        for node in ("0", "1"):
+            environment = os.environ | slurm | {"SLURM_NODEID": node}
+            environment["PYTHONPATH"] = str(ROOT / "benchmark")
+            command = [sys.executable, "-c", program, str(ROOT / "ppo.py"), str(steps)]
+            nodes.append(
+                subprocess.Popen(
+                    command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True
+                )
+            )
+        for process in nodes:
+            _, stderr = process.communicate(timeout=120)
+            assert process.returncode == 0, stderr
+        if steps == 2048:
+            # As by --resume RUN --total-timesteps 4096: what a run of more steps goes on from
+            (run_dir,) = runs(tmp_path)
+            checkpoint = load(run_dir)
+            checkpoint["args"]["total_timesteps"] = 4096
+            torch.save(checkpoint, run_dir / "checkpoint.pt")
+    (run_dir,) = runs(tmp_path)
+    assert load(run_dir)["iteration"] == 8 and load(run_dir)["processes"] == 2

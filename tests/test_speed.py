@@ -16,6 +16,10 @@ from conftest import ROOT
         (["--steps", "1023"], "speed.py: --steps 1023: must be at least two rollouts of ppo.py"),
         (["--save", "file/x.json"], "speed.py: --save file/x.json: cannot be written"),
         (["--contestant", "nothing"], "speed.py: --contestant nothing: is none of "),
+        (
+            ["--leave-out", "speed"],
+            "speed.py: --leave-out speed: is none of ",
+        ),
         (["--env-id", "NoSuch-v0"], "ppo.py: --env-id NoSuch-v0: "),
     ],
     ids=" ".join,
@@ -100,3 +104,8 @@ def test_each_option_for_speed_is_measured():
     names = [one.name for one in speed.list_contestants(speed.Args(script="ppo_procgen"))]
     script = "ppo_procgen.py"
     assert names == [script, *(f"{script} {o}" for o in ("--compile", "--amp", "--amp --compile"))]
+    args = speed.Args(script="ppo_procgen", leave_out=["amp"], processes=[2])
+    ways = ["", " --compile"]
+    assert [one.name for one in speed.list_contestants(args)] == [
+        f"ppo_procgen.py{way}, 2 processes" for way in ways
+    ]
