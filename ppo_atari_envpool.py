@@ -162,7 +162,7 @@ class Args:
     compile: bool = False
     """compile the gradient step: some seconds at the start, faster updates"""
     amp: bool = False
-    """half precision: the network computes in bfloat16, heads, losses and weights in float32"""
+    """compute the network in bfloat16, which is far slower on a processor that lacks it"""
 
     @property
     def batch_size(self) -> int:

@@ -164,7 +164,7 @@ class Args:
     compile: bool = False
     """compile the gradient step: some seconds at the start, faster updates"""
     amp: bool = False
-    """half precision: the network computes in bfloat16, heads, losses and weights in float32"""
+    """compute the network in bfloat16, which is far slower on a processor that lacks it"""
     async_envs: bool = False
     """step the environments in processes of their own, which pays where they are slow"""
 
