@@ -473,10 +473,12 @@ class Queue:
         """Stops all runs and waits for them; kills them when it is interrupted itself."""
         self.stopping.set()
         with contextlib.suppress(KeyboardInterrupt):
-            advice = "which save their state; Ctrl-C again kills them"
-            tqdm.write(f"stopping {len(self.children)} runs, {advice}", sys.stderr)
-            for child in list(self.children):
+            running = list(self.children)
+            for child in running:
                 child.terminate()
+            advice = "which save their state; Ctrl-C again kills them"
+            with contextlib.suppress(OSError):  # nobody reads it
+                tqdm.write(f"stopping {len(running)} runs, {advice}", sys.stderr)
             pool.shutdown()
         for child in list(self.children):  # none, but for a second Ctrl-C
             kill_with_children(child)

@@ -116,6 +116,17 @@ def test_killed_worker_and_restart_half_way(tmp_path):
         assert log.count("\n$ ") == 1  # the second command
 
 
+def test_runs_are_stopped_when_nobody_reads(tmp_path):
+    """Fails when a closed terminal keeps run.py from passing on that all is to stop."""
+    process = start(tmp_path, f"{PPO} {LONG}", "--env-ids", "CartPole-v1", "--num-seeds", 1)
+    wait_until(lambda: iteration(tmp_path, "CartPole") > 0)
+    process.stdout.close()
+    process.stderr.close()
+    process.send_signal(signal.SIGTERM)
+    process.wait(60)
+    assert not trainers(tmp_path)
+
+
 def test_second_ctrl_c_kills(tmp_path):
     """Fails when a run that does not stop keeps run.py from ending."""
     process = start(tmp_path, f"{PPO} {LONG}", "--env-ids", "CartPole-v1", "--num-seeds", 1)
@@ -411,6 +422,7 @@ def test_submitits_local_executor(tmp_path, monkeypatch):
         bad.result()
 
 
+@pytest.mark.slow
 def test_two_nodes_train_one_run(tmp_path):
     """Fails when nodes do not find each other, train a run each, or disagree whether to resume."""
     program = (
