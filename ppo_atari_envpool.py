@@ -1163,9 +1163,9 @@ def train(args: Args, run_dir: Path, checkpoint: dict | None) -> float:
         for group in optimizer.param_groups:
             group["lr"] = learning_rate  # the same for every parameter group
 
-        # Detail A1: clip range annealing, in a tensor, as --compile takes numbers for constants
+        # Detail A1: clip range annealing
         update_args = args
-        if args.anneal_clip:
+        if args.anneal_clip:  # a tensor, because --compile takes numbers for constants
             clip_coef = torch.tensor(args.clip_coef * remaining, dtype=torch.float64)
             update_args = replace(args, clip_coef=clip_coef.to(device))
 
