@@ -18,10 +18,13 @@ RECIPES = ROOT / "docs" / "recipes.md"
 
 def refresh(diff: str) -> str:
     """diff: of a script and its copy -> the same changes, at the script's present lines."""
-    script, copy = re.match(r"--- (\S+)\n\+\+\+ (\S+)\n", diff).groups()
-    original = ROOT / script
+    header = re.match(r"--- (\S+)\n\+\+\+ (\S+)\n", diff)
+    if header is None:
+        sys.exit(f"a diff in {RECIPES} does not begin with the names of two files")
+    script, copy = header.groups()
+    original = str(ROOT / script)
     with tempfile.TemporaryDirectory() as folder:
-        changed = Path(folder, copy)
+        changed = str(Path(folder, copy))
         command = ["patch", "--silent", f"--output={changed}", original]
         result = subprocess.run(command, input=diff, capture_output=True, text=True)
         if result.returncode != 0:
