@@ -84,17 +84,8 @@ def count_compilations(script, folder, **args) -> int:
     return torch._dynamo.utils.counters["stats"]["unique_graphs"]
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "ppo",
-        *(
-            pytest.param(name, marks=pytest.mark.slow)
-            for name in MODULES
-            if name not in ("ppo", "ppo_atari_lstm")
-        ),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in MODULES if name != "ppo_atari_lstm"])
 def test_one_compilation_is_enough(name, tmp_path):
     """Fails when an annealed clip range or a rollout with fewer samples compiles anew."""
     few = count_compilations(MODULES[name], tmp_path / "few", total_timesteps=128)
