@@ -1083,7 +1083,8 @@ def train(args: Args, run_dir: Path, checkpoint: dict | None) -> float:
 
         # Detail A1: clip range annealing
         update_args = args
-        if args.anneal_clip:  # a tensor, because --compile takes numbers for constants
+        if args.anneal_clip:
+            # A tensor, because --compile takes numbers for constants
             clip_coef = torch.tensor(args.clip_coef * remaining, dtype=torch.float64)
             update_args = replace(args, clip_coef=clip_coef.to(device))
 

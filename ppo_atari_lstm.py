@@ -1235,13 +1235,11 @@ def train(args: Args, run_dir: Path, checkpoint: dict | None) -> float:
     progress = Progress(args, first_step)
     received = catch_signals()
 
-    # Images are laid out as [..., height, width, frames], in which convolutions are fastest.
-    frames, height, width = envs.single_observation_space.shape
-    pixel_shape = (share.num_steps, share.num_envs, height, width, frames)
-    pixels = torch.zeros(pixel_shape, dtype=torch.uint8, device=device)
-
     # One rollout. Rewards and ends of episodes stay on the host, where advantages are computed.
+    # Images are laid out as [..., height, width, frames], in which convolutions are fastest.
     shape = (share.num_steps, share.num_envs)  # [T, N]
+    frames, height, width = envs.single_observation_space.shape
+    pixels = torch.zeros((*shape, height, width, frames), dtype=torch.uint8, device=device)
     buffer = {
         "obs": pixels.movedim(-1, 2),  # [T, N, frames, height, width]
         "actions": torch.zeros(shape, dtype=torch.int64, device=device),
@@ -1275,7 +1273,8 @@ def train(args: Args, run_dir: Path, checkpoint: dict | None) -> float:
 
         # Detail A1: clip range annealing
         update_args = args
-        if args.anneal_clip:  # a tensor, because --compile takes numbers for constants
+        if args.anneal_clip:
+            # A tensor, because --compile takes numbers for constants
             clip_coef = torch.tensor(args.clip_coef * remaining, dtype=torch.float64)
             update_args = replace(args, clip_coef=clip_coef.to(device))
 

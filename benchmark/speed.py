@@ -380,14 +380,14 @@ def save_record(
 
 
 def make_table(records: list[dict]) -> str:
-    """-> two Markdown tables of what save_record wrote: ways to train, and environments alone.
+    """-> two Markdown tables of what save_record wrote: ways to train, and engines side by side.
 
     The first one has a row a script. A cell is the median of steps/s, and how many times that is
     of the reference: the faster one of Stable-Baselines3 and SBX, or the script as it is where
-    neither took part. In the second one, the reference is the environments of the other script.
+    neither took part. In the second one, the reference is the other script.
     """
     trainings = []
-    alone = []
+    engines = []
     for record in sorted(records, key=lambda record: list(STEPS).index(record["script"])):
         speeds = record["steps_per_second"]
         medians = {name: statistics.median(of_one) for name, of_one in speeds.items()}
@@ -396,23 +396,38 @@ def make_table(records: list[dict]) -> str:
 
         row = {"script": script, "environment": record["env_id"]}
         for name, median in medians.items():
-            if name.endswith(ALONE):
-                cells = [name.removesuffix(ALONE), f"{median:.0f}", f"{record['ratio'][name]:.2f}"]
-                share = record["share_of_environments"].get(cells[0])
-                alone.append([*cells, "" if share is None else f"{share:.0%}"])
-            elif name in (SB3, SBX) or name.split(" ")[0].strip(",") == script:
+            is_ours = name.split(" ")[0].strip(",") == script and not name.endswith(ALONE)
+            if is_ours or name in (SB3, SBX):
                 way = name.removeprefix(script).strip(" ,") or "as it is"
                 row[way] = f"{median:.0f} ({median / reference:.2f})"
         trainings.append(row)
+        if record["script"] in BESIDE:
+            engines += compare_engines(record, medians)
 
     # Columns in the order in which the scripts have them, several processes last
     columns = list(dict.fromkeys(name for row in trainings for name in row))
     columns.sort(key=lambda name: "processes" in name)
     table = make_rows(columns, [[row.get(name, "") for name in columns] for row in trainings])
-    if alone:
-        columns = ["environments alone of", "steps/s", "ratio", "share of a training step"]
-        table += "\n" + make_rows(columns, alone)
+    if engines:
+        columns = ["beside the other script", "steps/s", "ratio", "share of the environments"]
+        table += "\n" + make_rows(columns, engines)
     return table
+
+
+def compare_engines(record: dict, medians: dict[str, float]) -> list[list[str]]:
+    """-> rows of both scripts, training, and of their environments alone."""
+    ours = f"{record['script']}.py"
+    theirs = f"{BESIDE[record['script']]}.py"
+    rows = []
+    for script in (theirs, ours):
+        ratio = medians[script] / medians[theirs]
+        share = record["share_of_environments"][script]
+        rows.append([script, f"{medians[script]:.0f}", f"{ratio:.2f}", f"{share:.0%}"])
+    for script in (theirs, ours):
+        speed = medians[script + ALONE]
+        ratio = speed / medians[theirs + ALONE]
+        rows.append([script + ALONE, f"{speed:.0f}", f"{ratio:.2f}", ""])
+    return rows
 
 
 def make_rows(columns: list[str], rows: list[list[str]]) -> str:

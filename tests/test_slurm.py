@@ -133,6 +133,26 @@ def test_what_no_node_has_is_refused(slurm, tmp_path):
     assert "--cpus 5000: no node of the partition has more than" in result.stderr
 
 
+def stop_and_go_on(cwd: Path, job: str, stop: str) -> None:
+    """Stops the job of a run in that folder; fails if it does not go on where it was."""
+    subprocess.run([*stop.split(), job], check=True)
+    wait_until(lambda: "PENDING" in ask("squeue --noheader --format=%T"), 90)
+    assert not trainers(cwd)
+    reached = iteration(cwd, "CartPole")
+    log = cwd / "runs" / "logs" / "CartPole-v1__ppo__1.log"
+    assert "to go on: " in log.read_text() and "RuntimeError" not in errors(cwd)
+
+    # Slurm lets a requeued job wait for two minutes
+    subprocess.run(["scontrol", "update", f"jobid={job}", "starttime=now"], check=True)
+    wait_until(lambda: iteration(cwd, "CartPole") > reached, 120)
+    subprocess.run(["scancel", job], check=True)
+    wait_until(lambda: not ask("squeue --noheader"), 90)
+    (folder,) = runs(cwd)
+    steps = [step for step, _ in scalars(folder, "charts/SPS")]
+    assert steps == [512 * (1 + i) for i in range(len(steps))] and len(steps) > reached
+    assert "RuntimeError" not in errors(cwd)
+
+
 @pytest.mark.parametrize("how", ["scancel --signal=USR2", "scontrol requeue"])
 def test_a_requeued_run_goes_on(slurm, tmp_path, how):
     """Fails when it begins anew, counts as failed, or is trained here at the same time."""
@@ -145,22 +165,7 @@ def test_a_requeued_run_goes_on(slurm, tmp_path, how):
     here = run(tmp_path, command, *words)
     assert here.returncode == 1 and "left out, another process trains it" in here.stderr
 
-    subprocess.run([*how.split(), job], check=True)
-    wait_until(lambda: "PENDING" in ask("squeue --noheader --format=%T"), 90)
-    assert not trainers(tmp_path)
-    reached = iteration(tmp_path, "CartPole")
-    log = tmp_path / "runs" / "logs" / "CartPole-v1__ppo__1.log"
-    assert "to go on: " in log.read_text() and "RuntimeError" not in errors(tmp_path)
-
-    # Slurm lets a requeued job wait for two minutes
-    subprocess.run(["scontrol", "update", f"jobid={job}", "starttime=now"], check=True)
-    wait_until(lambda: iteration(tmp_path, "CartPole") > reached, 120)
-    subprocess.run(["scancel", job], check=True)
-    wait_until(lambda: not ask("squeue --noheader"), 90)
-    (folder,) = runs(tmp_path)
-    steps = [step for step, _ in scalars(folder, "charts/SPS")]
-    assert steps == [512 * (1 + i) for i in range(len(steps))] and len(steps) > reached
-    assert "RuntimeError" not in errors(tmp_path)
+    stop_and_go_on(tmp_path, job, how)
 
 
 def test_two_processes_train_a_requeued_run(slurm, tmp_path):
@@ -176,18 +181,4 @@ def test_two_processes_train_a_requeued_run(slurm, tmp_path):
     assert len(trainers(tmp_path)) == 2
     job = ask("squeue --noheader --format=%i").strip()
 
-    subprocess.run(["scontrol", "requeue", job], check=True)
-    wait_until(lambda: "PENDING" in ask("squeue --noheader --format=%T"), 90)
-    assert not trainers(tmp_path)
-    reached = iteration(tmp_path, "CartPole")
-    log = tmp_path / "runs" / "logs" / "CartPole-v1__ppo__1.log"
-    assert "to go on: " in log.read_text() and "RuntimeError" not in errors(tmp_path)
-
-    subprocess.run(["scontrol", "update", f"jobid={job}", "starttime=now"], check=True)
-    wait_until(lambda: iteration(tmp_path, "CartPole") > reached, 120)
-    subprocess.run(["scancel", job], check=True)
-    wait_until(lambda: not ask("squeue --noheader"), 90)
-    (folder,) = runs(tmp_path)
-    steps = [step for step, _ in scalars(folder, "charts/SPS")]
-    assert steps == [512 * (1 + i) for i in range(len(steps))] and len(steps) > reached
-    assert "RuntimeError" not in errors(tmp_path)
+    stop_and_go_on(tmp_path, job, "scontrol requeue")

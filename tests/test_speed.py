@@ -84,10 +84,12 @@ def test_engines_are_also_measured_alone(tmp_path, capsys):
         "| --- | --- | --- |",
         f"| {ours} | MicrortsMining-v1 | 200 (1.00) |",
         "",
-        "| environments alone of | steps/s | ratio | share of a training step |",
+        "| beside the other script | steps/s | ratio | share of the environments |",
         "| --- | --- | --- | --- |",
-        f"| {theirs} | 1000 | 1.00 | 10% |",
-        f"| {ours} | 2000 | 2.00 | 10% |",
+        f"| {theirs} | 100 | 1.00 | 10% |",
+        f"| {ours} | 200 | 2.00 | 10% |",
+        f"| {theirs}, environments alone | 1000 | 1.00 |  |",
+        f"| {ours}, environments alone | 2000 | 2.00 |  |",
     ]
 
 
