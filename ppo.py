@@ -151,7 +151,7 @@ class Args:
     compile: bool = False
     """compile the gradient step: some seconds at the start, faster updates"""
     async_envs: bool = False
-    """step the environments in processes of their own, which pays where they are slow"""
+    """step each environment in a process of its own"""
 
     @property
     def batch_size(self) -> int:

@@ -164,7 +164,7 @@ class Args:
     amp: bool = False
     """compute the network in bfloat16, which is far slower on a processor that lacks it"""
     async_envs: bool = False
-    """step the environments in processes of their own, which pays where they are slow"""
+    """step each environment in a process of its own"""
 
     @property
     def batch_size(self) -> int:
