@@ -1002,6 +1002,9 @@ def start_logging(run_dir: Path, args: Args, first_step: int) -> SummaryWriter |
     values = {name: str(value) for name, value in config.items()}
     for summary in hparams(values, {"charts/mean_return": 0}):
         writer.file_writer.add_summary(summary)
+
+    # TensorBoard's thread has nothing left to write, should the run fail and its folder go
+    writer.flush()
     return writer
 
 

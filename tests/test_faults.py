@@ -291,8 +291,26 @@ def test_sizes_that_need_too_much_memory(tmp_path):
     sizes = ["--num-steps", 100_000_000_000, "--total-timesteps", 900_000_000_000]
     result = run("ppo.py", *sizes, cwd=tmp_path)
     assert result.returncode == 2, result.stderr
-    (line,) = result.stderr.splitlines()
-    assert "--num-steps 100000000000: there is not enough memory" in line
+    assert len(result.stderr.splitlines()) == 1, result.stderr
+    assert "--num-steps 100000000000: there is not enough memory" in result.stderr
+    assert not list((tmp_path / "runs").iterdir())
+
+
+def test_a_slow_disk_and_a_run_that_fails_at_once(tmp_path):
+    """Fails when TensorBoard's thread still writes into the folder that was taken away."""
+    (tmp_path / "train.py").write_text(
+        f"import sys, time\nsys.path.insert(0, {str(ROOT)!r})\nimport ppo\n"
+        "from tensorboard.compat.tensorflow_stub.io.gfile import GFile\n"
+        "write = GFile.write\n"
+        "GFile.write = lambda *args: (time.sleep(0.02), write(*args))\n"
+        "try:\n"
+        "    ppo.main(ppo.Args(num_steps=10**11, total_timesteps=9 * 10**11))\n"
+        "finally:\n"
+        "    time.sleep(0.5)\n"
+    )
+    command = [sys.executable, "train.py"]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=100)
+    assert (result.returncode, len(result.stderr.splitlines())) == (2, 1), result.stderr
     assert not list((tmp_path / "runs").iterdir())
 
 
