@@ -199,6 +199,8 @@ class Args:
         name = self.env_id.lower().removeprefix("procgen:").removeprefix("procgen-")
         self.env_id = name.removesuffix("-v0")
 
+        if self.distribution_mode not in ("easy", "hard"):
+            refuse(f"--distribution-mode {self.distribution_mode}: must be easy or hard")
         self.check("seed", 0, 2**31)
         self.check("num_levels", 0, 2**31 - 1)
         self.check("start_level", 0, 2**31 - 1)

@@ -41,6 +41,8 @@ def wrong_checkpoints(checkpoint: dict) -> dict[str, dict]:
     for name, value in (("num_envs", "two"), ("num_steps", 2.5), ("env_id", 7), ("gamma", None)):
         wrong[f"{name} {value!r}"] = checkpoint | {"args": args | {name: value}}
     wrong["gamma 2"] = checkpoint | {"args": args | {"gamma": 2.0}}
+    if "distribution_mode" in args:
+        wrong["no mode"] = checkpoint | {"args": args | {"distribution_mode": "text"}}
 
     other = copy.deepcopy(checkpoint)
     name = next(iter(other["agent"]))
