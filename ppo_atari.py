@@ -568,8 +568,9 @@ def clipped_gradient(
 @functools.cache
 def compiled_gradient():
     """clipped_gradient as one graph of compiled kernels."""
-    torch._dynamo.config.trace_autograd_ops = True  # lets loss.backward() into the graph
-    return torch.compile(clipped_gradient, fullgraph=not dist.is_initialized())
+    whole = not dist.is_initialized()  # the sum over processes splits it
+    torch._dynamo.config.trace_autograd_ops = whole  # lets loss.backward() into the graph
+    return torch.compile(clipped_gradient, fullgraph=whole)
 
 
 def train_step(

@@ -621,7 +621,8 @@ def clipped_gradient(
 @functools.cache
 def compiled_gradient():
     """clipped_gradient in compiled parts: the LSTM is called as often as episodes demand."""
-    torch._dynamo.config.trace_autograd_ops = True  # lets loss.backward() into the graph
+    whole = not dist.is_initialized()  # the sum over processes splits it
+    torch._dynamo.config.trace_autograd_ops = whole  # lets loss.backward() into the graph
     return torch.compile(clipped_gradient)
 
 

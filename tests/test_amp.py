@@ -91,11 +91,17 @@ def test_the_same_bits_twice(name, tmp_path):
 
 @pytest.mark.slow
 def test_compiled_half_precision(name, tmp_path):
-    """Fails when --compile loses the half precision, or fails with it."""
+    """Fails when --compile loses the half precision, or is further from float32 than without it.
+
+    Compiled, other numbers are rounded to bfloat16, and max-pooling amplifies what that changes.
+    """
     ends = []
-    for compiled in (False, True):
-        folder = tmp_path / str(compiled)
-        run_dir = train_in(MODULES[name], folder, **SIZES, amp=True, compile=compiled, cuda=False)
-        ends.append(load(run_dir)["agent"])
-    for key in ends[0]:
-        torch.testing.assert_close(ends[0][key], ends[1][key], rtol=0, atol=2e-3)
+    for number, options in enumerate(({}, {"amp": True}, {"amp": True, "compile": True})):
+        folder = tmp_path / str(number)
+        run_dir = train_in(MODULES[name], folder, **SIZES, **options, cuda=False)
+        weights = load(run_dir)["agent"].values()
+        ends.append(torch.cat([weight.flatten() for weight in weights]))
+    in_float32, eager, compiled = ends
+    distance = (eager - in_float32).abs().max()
+    assert distance > 1e-5
+    assert 0.1 * distance < (compiled - in_float32).abs().max() < 3 * distance
