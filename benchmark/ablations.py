@@ -11,10 +11,11 @@ queue goes seed by seed over all variants, the full recipe first: one that is cu
 variants, with fewer seeds. A run that has its line in ablations.csv is not trained again, be its
 folder at hand or not.
 
-Writes into --save: ablations.csv, a line for each finished run, and ablations_DOMAIN.png. A run
-that ended early because its weights became NaN or infinite counts with its last return; the column
-`note` says so. Columns of ablations.csv: mean_return is that of the last 100 episodes, auc its mean
-over the whole training, first_return its first value.
+Writes into --save: ablations.csv, a line for each finished run, and ablations_DOMAIN.png, which has
+the names of the environments instead where --env-ids names them. A run that ended early because its
+weights became NaN or infinite counts with its last return; the column `note` says so. Columns of
+ablations.csv: mean_return is that of the last 100 episodes, auc its mean over the whole training,
+first_return its first value.
 
 The worth of a detail is the change of the interquartile mean (IQM) over seeds against the full
 recipe of the same script. The unit is what the full recipe gained from its first_return to its
@@ -649,7 +650,8 @@ def plot(changes: pd.DataFrame, title: str, path: Path) -> None:
     for env_id, marker in zip(env_ids, "osD^v", strict=False):
         axes.scatter(100 * changes[env_id], heights, 16, marker=marker, alpha=0.5, label=env_id)
     axes.hlines(heights, 100 * changes.low, 100 * changes.high, color="black", linewidth=2)
-    axes.scatter(100 * changes.change, heights, 36, color="black", zorder=3, label="mean, 95 %")
+    label = "mean, 95 %" if changes.low.notna().any() else "mean, of too few seeds for an interval"
+    axes.scatter(100 * changes.change, heights, 36, color="black", zorder=3, label=label)
 
     labels = changes.label
     if changes.script.nunique() > 1:
@@ -692,7 +694,10 @@ def write_report(jobs: list[tuple[Variant, Job]], args: Args) -> None:
     if changes.empty:
         print("no figure: no variant and its full recipe are finished", file=sys.stderr)
         return
-    plot(changes, describe(lines, args), args.save / f"ablations_{args.domain}.png")
+    name = args.domain
+    if args.env_ids != DOMAINS[args.domain].env_ids:  # its figure is of all of them
+        name = "_".join(args.env_ids)
+    plot(changes, describe(lines, args), args.save / f"ablations_{name}.png")
 
 
 def print_variants(variants: list[Variant]) -> None:

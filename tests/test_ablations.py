@@ -212,6 +212,9 @@ def test_trains_reports_and_trains_nothing_twice(tmp_path, monkeypatch, capsys):
     assert row.command == f"python runs/ablations/ppo__4-constant-learning-rate.py {options}"
     assert re.match(r"[0-9a-f]{40}$", row.commit) and "core" in row.machine
 
+    # The domain's figure would be of all its environments
+    assert [path.name for path in (tmp_path / "out").glob("*.png")] == ["ablations_CartPole-v1.png"]
+
     # Again: nothing to train; a line of another domain and one of a run that is gone stay
     others = lines.iloc[:2].assign(domain=["mujoco", "classic"], seed=9, run=["a", "b"])
     pd.concat([lines, others]).to_csv(tmp_path / "out" / "ablations.csv", index=False)
