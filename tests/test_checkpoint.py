@@ -65,7 +65,7 @@ def test_events_are_flushed_before_each_checkpoint(ppo, monkeypatch):
     )
     monkeypatch.setattr(ppo, "save_checkpoint", lambda *args: (calls.append("save"), save(*args)))
     ppo.main(ppo.Args(total_timesteps=2 * BATCH, checkpoint_interval=1))
-    assert calls[:5] == ["save", "flush", "save", "flush", "save"]
+    assert calls[:6] == ["flush", "save"] * 3
 
 
 def test_save_that_breaks_off_leaves_the_last_checkpoint(ppo, tmp_path, monkeypatch):
