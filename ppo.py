@@ -149,7 +149,7 @@ class Args:
     cuda: bool = False
     """use the GPU if there is one; a CPU is faster for layers as small as those of an MLP"""
     compile: bool = False
-    """compile the gradient step, which takes up to a minute at first; on a CPU it pays for MLPs"""
+    """compile the gradient step, in the first update; on a CPU it pays for MLPs"""
     async_envs: bool = False
     """step each environment in a process of its own"""
 

@@ -162,9 +162,9 @@ class Args:
     cuda: bool = True
     """use the GPU if there is one; a CPU is faster for layers as small as those of an MLP"""
     compile: bool = False
-    """compile the gradient step, which takes up to a minute at first; on a CPU it pays for MLPs"""
+    """compile the gradient step, in the first update; on a CPU it pays for MLPs"""
     amp: bool = False
-    """compute the network in bfloat16, which is far slower on a processor that lacks it"""
+    """compute the network in bfloat16; for a GPU, or a processor that knows it"""
     async_envs: bool = False
     """step each environment in a process of its own"""
 
@@ -621,7 +621,9 @@ def clipped_gradient(
 @functools.cache
 def compiled_gradient():
     """clipped_gradient in compiled parts: the LSTM is called as often as episodes demand."""
-    whole = not dist.is_initialized()  # the sum over processes splits it
+    # In several processes the gradient is left out of the graph: traced into parts of one, it was
+    # lost before the sum over processes, and nothing was learned.
+    whole = not dist.is_initialized()
     torch._dynamo.config.trace_autograd_ops = whole  # lets loss.backward() into the graph
     return torch.compile(clipped_gradient)
 

@@ -167,7 +167,7 @@ class Args:
     cuda: bool = True
     """use the GPU if there is one; a CPU is faster for layers as small as those of an MLP"""
     compile: bool = False
-    """compile the gradient step, which takes up to a minute at first; on a CPU it pays for MLPs"""
+    """compile the gradient step, in the first update; on a CPU it pays for MLPs"""
 
     @property
     def batch_size(self) -> int:

@@ -175,9 +175,9 @@ class Args:
     cuda: bool = True
     """use the GPU if there is one; a CPU is faster for layers as small as those of an MLP"""
     compile: bool = False
-    """compile the gradient step, which takes up to a minute at first; on a CPU it pays for MLPs"""
+    """compile the gradient step, in the first update; on a CPU it pays for MLPs"""
     amp: bool = False
-    """compute the network in bfloat16, which is far slower on a processor that lacks it"""
+    """compute the network in bfloat16; for a GPU, or a processor that knows it"""
 
     @property
     def batch_size(self) -> int:
