@@ -4,6 +4,7 @@
     python benchmark/ablations.py --workers 2   # trains them all; started again, goes on
     python benchmark/ablations.py --domain mujoco --variants 9 28-no-observation-normalisation
     python benchmark/ablations.py --report      # writes what is finished so far
+    python benchmark/ablations.py --details     # writes docs/details.md's tables
 
 A variant is a copy of a script, runs/ablations/SCRIPT__VARIANT.py, in which some lines are edited
 or which gets other flags. Its runs are trained, stopped and gone on with as those of run.py. The
@@ -27,6 +28,7 @@ Shapes: S = seeds.
 """
 
 import functools
+import re
 import signal
 import sys
 from dataclasses import dataclass, field
@@ -55,6 +57,10 @@ KEY = ["domain", "script", "detail", "variant", "env_id", "seed", "total_timeste
 
 # Columns of compute_changes beside those of the environments
 NOT_ENV_IDS = ["script", "label", "seeds", "change", "low", "high"]
+
+# Between them stand the tables of docs/details.md
+BEGIN = "<!-- effects -->\n"
+END = "<!-- /effects -->"
 
 
 @dataclass
@@ -191,6 +197,20 @@ def no_entropy_bonus(script: str) -> Variant:
 
 def bootstrapped(script: str) -> Variant:
     return Variant(script, "time limits", "bootstrapped", "--bootstrap-truncated")
+
+
+def half_precision_planes() -> Variant:
+    """The convolutional network of MicroRTS in bfloat16, as --amp has it in other scripts."""
+    network = """\
+        hidden = self.network(obs.float().movedim(-1, 1))  # planes first
+"""
+    network_in_half_precision = """\
+        with torch.autocast(obs.device.type, torch.bfloat16):
+            hidden = self.network(obs.float().movedim(-1, 1))  # planes first
+        hidden = hidden.float()
+"""
+    edits = [(network, network_in_half_precision)]
+    return Variant("ppo_multidiscrete_mask.py", "half precision", "bfloat16", "", edits)
 
 
 def two_networks(script: str, shared_trunk_detail: str) -> list[Variant]:
@@ -357,6 +377,7 @@ DOMAINS = {
             *general(MASK),
             no_entropy_bonus(MASK),
             bootstrapped(MASK),
+            half_precision_planes(),
         ],
         ["MicrortsMining-v1", "MicrortsProduceCombatUnitsShapedReward-v1"],
         total_timesteps=500_000,
@@ -372,6 +393,7 @@ DOMAINS = {
             one_environment(ENVPOOL, 1024),
             *general(ENVPOOL, samples="len(samples)", valid="[valid]"),
             no_entropy_bonus(ENVPOOL),
+            Variant(ENVPOOL, "half precision", "bfloat16", "--amp"),
         ],
         ["BreakoutNoFrameskip-v4"],
         total_timesteps=1_000_000,
@@ -402,6 +424,8 @@ class Args:
     """where the runs were trained, if not here"""
     report: bool = False
     """train nothing, write the files of what is finished"""
+    details: bool = False
+    """train nothing, write the tables of docs/details.md"""
     list: bool = False
     """train nothing, print the variants"""
 
@@ -573,6 +597,11 @@ def compute_iqm(scores: np.ndarray, axis: int = -1) -> np.ndarray:
     return stats.trim_mean(scores, 0.25, axis=axis)
 
 
+def has_learned(runs: pd.DataFrame) -> bool:
+    """Whether these runs, if there are any, gain something in their training."""
+    return len(runs) > 0 and compute_iqm(runs.mean_return) > runs.first_return.mean()
+
+
 def compute_change(full: pd.DataFrame, variant: pd.DataFrame) -> dict | None:
     """Lines of the full recipe and of a variant -> the change, with its interval and its parts.
 
@@ -623,7 +652,7 @@ def compute_changes(lines: pd.DataFrame) -> pd.DataFrame:
     for script, of_script in lines.groupby("script"):
         full = of_script[of_script.detail == "full"]
         for env_id, runs in full.groupby("env_id"):
-            if compute_iqm(runs.mean_return.to_numpy()) <= runs.first_return.mean():
+            if not has_learned(runs):
                 print(f"{script}: has learned nothing on {env_id}, left out", file=sys.stderr)
                 full = full[full.env_id != env_id]
 
@@ -667,6 +696,82 @@ def plot(changes: pd.DataFrame, title: str, path: Path) -> None:
     axes.legend(fontsize="small")
     figure.savefig(path, dpi=110)
     plt.close(figure)
+
+
+def in_percent(part: float) -> str:
+    """-> "+3", "-52"; what rounds to nothing is "+0"."""
+    return f"{round(100 * part):+d}"
+
+
+def place(variant: Variant) -> tuple:
+    """Sorts variants as their details are numbered, then A1 to A4, then what has no number."""
+    for rank, pattern in enumerate((r"(\d+)", r"A(\d+)")):
+        if match := re.match(pattern, variant.detail):
+            return rank, int(match[1])
+    return 2, 0
+
+
+def describe_change(full: pd.DataFrame, variant: pd.DataFrame) -> str:
+    """Lines of one environment -> the change in words, bold if its interval is off zero.
+
+    "-52 % (-54 to -50)", "-52 %, 2 seeds" of too few for an interval, "" of none or where the full
+    recipe has learned nothing.
+    """
+    if not has_learned(full) or len(variant) == 0:
+        return ""
+    change = compute_change(full, variant)
+    text = f"{in_percent(change['change'])} %"
+    if np.isnan(change["low"]):
+        return f"{text}, {change['seeds']} seed{'s' if change['seeds'] > 1 else ''}"
+    text += f" ({in_percent(change['low'])} to {in_percent(change['high'])})"
+    return f"**{text}**" if change["low"] * change["high"] > 0 else text
+
+
+def make_effects_table(lines: pd.DataFrame, domain: Domain) -> str:
+    """Lines of one domain -> a row for each variant in the order of details, its environments."""
+    several = len({variant.script for variant in domain.variants}) > 1
+    head = ["detail: instead", *domain.env_ids]
+    rows = [head, ["---"] * len(head)]
+    for variant in sorted(domain.variants, key=place):
+        of_script = lines[lines.script == variant.script]
+        full = of_script[of_script.detail == "full"]
+        same = (of_script.detail == variant.detail) & (of_script.variant == variant.name)
+        cells = []
+        for env_id in domain.env_ids:
+            full_here = full[full.env_id == env_id]
+            cells.append(describe_change(full_here, of_script[same & (of_script.env_id == env_id)]))
+        if variant.detail != "full" and any(cells):
+            label = f"{variant.detail}: {variant.name}"
+            rows.append([f"{label} (`{variant.script}`)" if several else label, *cells])
+    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
+
+
+def make_effects(lines: pd.DataFrame) -> str:
+    """All lines of ablations.csv -> docs/details.md's tables, one for each domain."""
+    lines = lines.dropna(subset=["mean_return"])
+    parts = []
+    for name, domain in DOMAINS.items():
+        here = (lines.domain == name) & (lines.total_timesteps == domain.total_timesteps)
+        here &= lines.env_id.isin(domain.env_ids)
+        if not here.any():
+            continue
+        scripts = list(dict.fromkeys(f"`{variant.script}`" for variant in domain.variants))
+        of = scripts[0] if len(scripts) == 1 else f"{', '.join(scripts[:-1])} and {scripts[-1]}"
+        parts.append(f"**{name}**, {of}, {domain.total_timesteps:,} steps:\n\n")
+        parts.append(make_effects_table(lines[here], domain) + "\n")
+    return "\n" + "".join(parts)
+
+
+def write_details(args: Args) -> None:
+    """Puts the tables of all measured effects into docs/details.md, in the place of those there."""
+    lines = read_lines(args)
+    if lines is None:
+        refuse(f"--details: there is no {args.save / 'ablations.csv'}")
+    path = ROOT / "docs" / "details.md"
+    text = path.read_text()
+    before = text.split(BEGIN)[0]
+    after = text.split(END)[1]
+    path.write_text(f"{before}{BEGIN}{make_effects(lines)}{END}{after}")
 
 
 def describe(lines: pd.DataFrame, args: Args) -> str:
@@ -716,6 +821,10 @@ def main(args: Args) -> int:
     variants = choose_variants(args)
     if args.list:
         print_variants(variants)
+        return 0
+
+    if args.details:
+        write_details(args)
         return 0
 
     for variant in variants:

@@ -302,6 +302,36 @@ def test_interval_has_its_coverage():
     assert 175 <= held <= 198
 
 
+def test_table_of_effects():
+    """Fails when a row is missing, out of order, or a cell says more than its seeds allow."""
+    env_ids = ["CartPole-v1", "Acrobot-v1", "LunarLander-v3"]
+    parts = [
+        make_lines("CartPole-v1", "recipe", [500] * 5, 20),
+        make_lines("CartPole-v1", "no value clipping", [260] * 5, 20),
+        make_lines("Acrobot-v1", "recipe", [-84, -85, -82, -90, -80], -500),
+        make_lines("Acrobot-v1", "no value clipping", [-84, -86, -81, -90, -80], -500),
+        make_lines("LunarLander-v3", "recipe", [-300] * 5, -200),  # has learned nothing
+        make_lines("LunarLander-v3", "no value clipping", [0] * 5, -200),
+        make_lines("CartPole-v1", "shared trunk", [380], 20).assign(detail="13"),
+        make_lines("CartPole-v1", "clip range annealed", [500, 500], 20).assign(detail="A1"),
+    ]
+    lines = pd.concat(parts).assign(domain="classic", total_timesteps=500_000)
+    other_steps = make_lines("CartPole-v1", "no value clipping", [20] * 5, 20)
+    other_steps = other_steps.assign(domain="classic", total_timesteps=4096)
+    table = ablations.make_effects(pd.concat([lines, other_steps]))
+
+    head, _, *rows = [line for line in table.splitlines() if line.startswith("|")]
+    assert head == f"| detail: instead | {' | '.join(env_ids)} |"
+    cells = [[cell.strip() for cell in row.split("|")[1:-1]] for row in rows]
+    labels = ["9: no value clipping", "13: shared trunk", "A1: clip range annealed"]
+    assert [row[0] for row in cells] == labels
+    assert cells[0][1] == "**-50 % (-50 to -50)**"
+    change, low, high = map(int, re.findall(r"[+-]\d+", cells[0][2]))
+    assert low < 0 < high and change == 0 and "**" not in cells[0][2]
+    assert cells[0][3] == ""
+    assert cells[1][1] == "-25 %, 1 seed" and cells[2][1] == "+0 %, 2 seeds"
+
+
 def test_figure(tmp_path, monkeypatch):
     """Fails when a variant has no line in the figure, or the least is not at its top."""
     changes = pd.DataFrame(
