@@ -475,7 +475,9 @@ def make_readme_table() -> str:
     """-> the table of all measured runs."""
     paths = sorted((ROOT / "benchmark" / "results").glob("*_runs.csv"))
     runs = pd.concat([pd.read_csv(path) for path in paths])
-    runs = runs.drop_duplicates("run")  # a run may stand in several figures
+
+    # A run may stand in several figures, and be repeated by a later one, which counts
+    runs = runs.sort_values("date", kind="stable").drop_duplicates([*GROUP, "seed"], keep="last")
     return make_table(runs.sort_values(GROUP, kind="stable"))
 
 

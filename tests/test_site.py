@@ -223,9 +223,10 @@ def test_measured_effects_appear(tmp_path):
     pages = tmp_path / "pages"
     make_site.make_pages(pages, results=tmp_path)
     for page in ("details.md", "scripts/ppo.md", "results.md"):
-        (row,) = re.findall(r"^\|.*no gradient clipping.*$", (pages / page).read_text(), re.M)
+        rows = re.findall(r"^\|.*no gradient clipping \|.*$", (pages / page).read_text(), re.M)
+        (row,) = [row for row in rows if "500,000" in row]  # docs/details.md's own has no steps
         assert "-49 %" in row  # (260 - 490) / (490 - 20)
-        assert "500,000" in row and "CartPole-v1" in row
+        assert "CartPole-v1" in row
 
     # A variant of several details is with each of them; one of none is among the results alone
     assert (pages / "scripts" / "ppo.md").read_text().count("plain start") == 3
