@@ -600,6 +600,10 @@ def join_processes(args: Args):
         yield
         return
 
+    # Its functions keep the group that there is when it is imported, as it is by
+    # torch.use_deterministic_algorithms; gloo's threads would live on, and can abort Python's exit.
+    import torch.distributed.nn
+
     cuda = args.cuda and torch.cuda.is_available()
     if cuda:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))

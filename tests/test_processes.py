@@ -218,6 +218,26 @@ def test_nan_in_one_process_ends_both(tmp_path):
     assert load(run_dir_of(tmp_path))["iteration"] == 0
 
 
+def test_no_thread_of_gloo_outlives_training(tmp_path):
+    """Fails when something keeps the group: its threads can abort Python at the end of a run."""
+    (tmp_path / "worker.py").write_text(
+        f"""
+import sys
+sys.path.insert(0, {str(ROOT)!r})
+from pathlib import Path
+import ppo
+
+ppo.main(ppo.Args(total_timesteps=512, cuda=False))
+for name in Path("/proc/self/task").glob("*/comm"):
+    print("thread", name.read_text().strip())
+"""
+    )
+    process = torchrun("worker.py", cwd=tmp_path)
+    stdout, stderr = process.communicate(timeout=100)
+    assert process.returncode == 0, stderr[-3000:]
+    assert "thread" in stdout and "gloo" not in stdout
+
+
 def test_a_number_that_does_not_divide(tmp_path):
     """Fails when it ends in a traceback, in two lines, or leaves a run."""
     process = torchrun(ROOT / "ppo.py", "--num-envs", 3, cwd=tmp_path)
