@@ -747,7 +747,7 @@ def make_effects_table(lines: pd.DataFrame, domain: Domain) -> str:
 
 
 def make_effects(lines: pd.DataFrame) -> str:
-    """All lines of ablations.csv -> docs/details.md's tables, one for each domain."""
+    """All lines of ablations.csv -> docs/details.md's tables, two for each domain."""
     lines = lines.dropna(subset=["mean_return"])
     parts = []
     for name, domain in DOMAINS.items():
@@ -757,8 +757,13 @@ def make_effects(lines: pd.DataFrame) -> str:
             continue
         scripts = list(dict.fromkeys(f"`{variant.script}`" for variant in domain.variants))
         of = scripts[0] if len(scripts) == 1 else f"{', '.join(scripts[:-1])} and {scripts[-1]}"
-        parts.append(f"**{name}**, {of}, {domain.total_timesteps:,} steps:\n\n")
-        parts.append(make_effects_table(lines[here], domain) + "\n")
+
+        at_the_end = lines[here]
+        throughout = at_the_end.assign(mean_return=at_the_end.auc)
+        parts.append(f"**{name}**, {of}, the return after {domain.total_timesteps:,} steps:\n\n")
+        parts.append(make_effects_table(at_the_end, domain) + "\n")
+        parts.append(f"**{name}**, its mean over the whole training, so how fast it rises:\n\n")
+        parts.append(make_effects_table(throughout, domain) + "\n")
     return "\n" + "".join(parts)
 
 

@@ -318,12 +318,17 @@ def test_table_of_effects():
         make_lines("CartPole-v1", "clip range annealed", [500, 500], 20).assign(detail="A1"),
     ]
     lines = pd.concat(parts).assign(domain="classic", total_timesteps=500_000)
+    auc = {"CartPole-v1": 260, "Acrobot-v1": -240, "LunarLander-v3": -300}
+    lines["auc"] = lines.env_id.map(auc)
+    lines.loc[lines.variant == "clip range annealed", "auc"] = 320
     other_steps = make_lines("CartPole-v1", "no value clipping", [20] * 5, 20)
     other_steps = other_steps.assign(domain="classic", total_timesteps=4096)
     table = ablations.make_effects(pd.concat([lines, other_steps]))
 
-    head, _, *rows = [line for line in table.splitlines() if line.startswith("|")]
-    assert head == f"| detail: instead | {' | '.join(env_ids)} |"
+    rows = [line for line in table.splitlines() if line.startswith("|")]
+    head, _, *rows, head_throughout, _, _, _, throughout = rows
+    assert head == head_throughout == f"| detail: instead | {' | '.join(env_ids)} |"
+    assert throughout.startswith("| A1: clip range annealed | +25 %, 2 seeds |")
     cells = [[cell.strip() for cell in row.split("|")[1:-1]] for row in rows]
     labels = ["9: no value clipping", "13: shared trunk", "A1: clip range annealed"]
     assert [row[0] for row in cells] == labels
