@@ -730,14 +730,15 @@ def describe_change(full: pd.DataFrame, variant: pd.DataFrame) -> str:
 def make_effects_table(lines: pd.DataFrame, domain: Domain) -> str:
     """Lines of one domain -> a row for each variant in the order of details, its environments."""
     several = len({variant.script for variant in domain.variants}) > 1
-    head = ["detail: instead", *domain.env_ids]
+    env_ids = [env_id for env_id in domain.env_ids if lines.env_id.eq(env_id).any()]
+    head = ["detail: instead", *env_ids]
     rows = [head, ["---"] * len(head)]
     for variant in sorted(domain.variants, key=place):
         of_script = lines[lines.script == variant.script]
         full = of_script[of_script.detail == "full"]
         same = (of_script.detail == variant.detail) & (of_script.variant == variant.name)
         cells = []
-        for env_id in domain.env_ids:
+        for env_id in env_ids:
             full_here = full[full.env_id == env_id]
             cells.append(describe_change(full_here, of_script[same & (of_script.env_id == env_id)]))
         if variant.detail != "full" and any(cells):
