@@ -431,7 +431,7 @@ class Queue:
                     bar.set_postfix_str(state, refresh=False)
                     bar.update()
             except BaseException:
-                self.stop(pool)
+                self.stop()
                 raise
         return failed
 
@@ -469,7 +469,7 @@ class Queue:
             message = f"{job.name}: finished"
         tqdm.write(message, sys.stderr)
 
-    def stop(self, pool: ThreadPoolExecutor) -> None:
+    def stop(self) -> None:
         """Stops all runs and waits for them; kills them when it is interrupted itself."""
         self.stopping.set()
         with contextlib.suppress(KeyboardInterrupt):
@@ -479,7 +479,10 @@ class Queue:
             advice = "which save their state; Ctrl-C again kills them"
             with contextlib.suppress(OSError):  # nobody reads it
                 tqdm.write(f"stopping {len(running)} runs, {advice}", sys.stderr)
-            pool.shutdown()
+
+            # Not pool.shutdown(): a Ctrl-C just before its wait for threads begins would be lost
+            while self.children:
+                time.sleep(0.1)
         for child in list(self.children):  # none, but for a second Ctrl-C
             kill_with_children(child)
 
