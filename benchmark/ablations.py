@@ -693,7 +693,7 @@ def plot(changes: pd.DataFrame, title: str, path: Path) -> None:
     axes.set_xlabel(
         "change of the IQM, % of what the full recipe has gained; -100: learned nothing"
     )
-    axes.legend(fontsize="small")
+    figure.legend(loc="outside lower right", ncols=2, fontsize="small")
     figure.savefig(path, dpi=110)
     plt.close(figure)
 

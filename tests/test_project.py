@@ -269,3 +269,11 @@ def test_effects_in_details_are_those_measured():
     text = (ROOT / "docs" / "details.md").read_text()
     table = text.split(ablations.BEGIN)[1].split(ablations.END)[0]
     assert table == ablations.make_effects(lines)
+
+    # What the text below them says of single seeds
+    returns = lines[lines.total_timesteps == 500_000].set_index(["env_id", "variant"]).mean_return
+    returns = returns.sort_index()
+    for variant in ("no advantage normalisation", "lambda 1"):
+        seeds = returns["Acrobot-v1", variant].sort_values().tolist()
+        assert len(seeds) == 5 and seeds[0] < -490 and seeds[1] > -100, variant
+    assert (returns["CartPole-v1", "bootstrapped"] > 499.5).all()
