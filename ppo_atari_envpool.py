@@ -544,8 +544,8 @@ def join_processes(args: Args):
         yield
         return
 
-    # Its functions keep the group that there is when it is imported, as it is by
-    # torch.use_deterministic_algorithms; gloo's threads would live on, and can abort Python's exit.
+    # Before there is a group: imported later, as by torch.use_deterministic_algorithms, its
+    # functions hold the group as a default argument, and gloo's threads can abort Python's exit.
     import torch.distributed.nn
 
     cuda = args.cuda and torch.cuda.is_available()

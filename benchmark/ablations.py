@@ -214,7 +214,7 @@ def half_precision_planes() -> Variant:
 
 
 def two_networks(script: str, shared_trunk_detail: str) -> list[Variant]:
-    """Variants of scripts whose policy and value have a network each."""
+    """Variants of a script whose policy and value have a network each, the general ones too."""
     clip = """\
     stats["grad_norm"] = nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
 """
@@ -231,8 +231,10 @@ def two_networks(script: str, shared_trunk_detail: str) -> list[Variant]:
         self.critic = nn.Sequential(*self.actor[:-1], nn.Linear(64, 1))
 """
     return [
+        *general(script, head="[-1]"),
         Variant(script, "11", "each network clipped by itself", "", [(clip, clip_each)]),
         Variant(script, shared_trunk_detail, "shared trunk", "", [(critic, critic_on_actor)]),
+        bootstrapped(script),
     ]
 
 
@@ -347,10 +349,8 @@ DOMAINS = {
         [
             recipe(PPO),
             one_environment(PPO, 512),
-            *general(PPO, head="[-1]"),
             no_entropy_bonus(PPO),
-            *two_networks(PPO, "13"),
-            bootstrapped(PPO),
+            *two_networks(PPO, shared_trunk_detail="13"),
         ],
         ["CartPole-v1", "Acrobot-v1", "LunarLander-v3"],
         total_timesteps=500_000,
@@ -361,9 +361,7 @@ DOMAINS = {
         [
             recipe(MUJOCO),
             *make_mujoco(),
-            *two_networks(MUJOCO, "26"),
-            *general(MUJOCO, head="[-1]"),
-            bootstrapped(MUJOCO),
+            *two_networks(MUJOCO, shared_trunk_detail="26"),
         ],
         ["HalfCheetah-v4", "Hopper-v4", "Walker2d-v4"],
         total_timesteps=500_000,

@@ -474,10 +474,12 @@ def write_report(args: Args) -> None:
 def make_readme_table() -> str:
     """-> the table of all measured runs."""
     paths = sorted((ROOT / "benchmark" / "results").glob("*_runs.csv"))
-    runs = pd.concat([pd.read_csv(path) for path in paths])
+    runs = pd.concat([pd.read_csv(path) for path in paths], ignore_index=True)
 
-    # A run may stand in several figures, and be repeated by a later one, which counts
-    runs = runs.sort_values("date", kind="stable").drop_duplicates([*GROUP, "seed"], keep="last")
+    # A run may stand in several figures, and a later one with the same seed takes its place
+    began = runs.run.str.rsplit("__", n=1).str[-1].astype(int)
+    runs = runs.loc[began.sort_values(kind="stable").index]
+    runs = runs.drop_duplicates([*GROUP, "seed"], keep="last")
     return make_table(runs.sort_values(GROUP, kind="stable"))
 
 

@@ -322,6 +322,20 @@ def test_readme_shows_what_was_measured():
     )
 
 
+def test_readme_counts_each_seed_once():
+    """Fails when a seed that was trained again is averaged with itself, or the older one is."""
+    files = (ROOT / "benchmark" / "results").glob("*_runs.csv")
+    runs = pd.concat([pd.read_csv(file) for file in files])
+    rows = [row.split(" | ") for row in report.make_readme_table().splitlines()[2:]]
+    seeds = [int(row[4]) for row in rows]
+    assert sum(seeds) == len(runs.drop_duplicates([*report.GROUP, "seed"])) < len(runs)
+
+    cartpole = runs[runs.env_id.eq("CartPole-v1") & runs.command.eq("python ppo.py")]
+    newest = cartpole.sort_values("date", kind="stable").tail(5).mean_return
+    (row,) = [row for row in rows if row[:2] == ["| ppo.py", "CartPole-v1"]]
+    assert row[2].startswith(f"{newest.mean():.1f} ")
+
+
 def test_bad_input_is_one_line(tmp_path):
     """Fails when what is no run ends in a traceback."""
     (tmp_path / "file").write_text("")

@@ -224,13 +224,14 @@ def read_effects(results: Path) -> list[dict]:
             ]
             interval = ""
             if not pd.isna(row["low"]):
-                interval = f"{100 * row['low']:+.0f} to {100 * row['high']:+.0f} %"
+                low, high = ablations.in_percent(row["low"]), ablations.in_percent(row["high"])
+                interval = f"{low} to {high} %"
             effect = {
                 "domain": domain,
                 "script": row["script"],
                 "number": number,
                 "instead": name,
-                "change": f"{100 * row['change']:+.0f} %",
+                "change": f"{ablations.in_percent(row['change'])} %",
                 "interval": interval,
                 "seeds": str(row["seeds"]),
                 "environments": ", ".join(env_ids),
