@@ -166,6 +166,17 @@ def test_readme_figures_come_from_the_results():
         ), part
 
 
+def test_throughput_in_details_is_that_measured():
+    """Fails when docs/details.md has other figures of MicroRTS than speed_microrts.json."""
+    results = json.loads((ROOT / "benchmark" / "results" / "speed_microrts.json").read_text())
+    details = (ROOT / "docs" / "details.md").read_text()
+
+    alone = results["steps_per_second"]["ppo_multidiscrete_mask.py, environments alone"]
+    assert f"do {statistics.median(alone):,} steps/s" in details
+    share = results["share_of_environments"]["ppo_multidiscrete_mask.py"]
+    assert f"they take {share:.0%} of the time".replace("%", " %") in details
+
+
 @pytest.mark.slow
 def test_speed_measures_all_contestants(tmp_path):
     """Fails when a contestant cannot run, or the measurements or their commit are not saved."""

@@ -163,10 +163,10 @@ def make_curves(script: str, env_id: str, returns: list[list[float]], end: int) 
 def test_scripts_on_one_environment_share_a_panel(tmp_path, monkeypatch):
     """Fails when they have a panel each, their published lines are missing or look the same."""
     monkeypatch.setattr(report.plt, "close", lambda figure: None)
-    mining = "MicrortsMining-v1"  # of which nothing is published
+    attack = "MicrortsAttackShapedReward-v1"  # of which nothing is published
     for first, second, env_id, entries in (
         ("ppo_atari.py", "ppo_atari_lstm.py", "BreakoutNoFrameskip-v4", 6),
-        ("ppo_multidiscrete.py", "ppo_multidiscrete_mask.py", mining, 2),
+        ("ppo_multidiscrete.py", "ppo_multidiscrete_mask.py", attack, 2),
     ):
         curves = [make_curves(name, env_id, [[1.0, 2.0]], 10**6) for name in (first, second)]
         report.plot(pd.concat(curves), "step", tmp_path / "both.png")
@@ -176,7 +176,7 @@ def test_scripts_on_one_environment_share_a_panel(tmp_path, monkeypatch):
         assert len(names) == len({*names}) == entries
         for script in (first, second):
             assert any(name.startswith(f"{script}, 1 seed") for name in names)
-            if env_id != mining:
+            if env_id != attack:
                 assert any(name.startswith(f"{script}, published: ") for name in names)
         colors = {matplotlib.colors.to_hex(line.get_color()) for line in panel.lines}
         assert len(colors) == 2
@@ -235,22 +235,29 @@ def test_published_numbers_have_sources():
 @pytest.mark.parametrize(
     ("script", "env_id", "column", "steps", "text"),
     [
-        ("ppo_procgen.py", "starpilot", "baselines", 500_000, "34.0 ± 7.9"),
+        ("ppo_procgen.py", "starpilot", "baselines", 500_000, "34.0 ± 7.9, 34.9 (OpenAI)"),
         (
             "ppo_procgen.py",
             "starpilot",
             "baselines",
             1_032_192,
-            "34.0 ± 7.9, 9.4 (OpenAI) at 1,032,192 of 25,000,000",
+            "34.0 ± 7.9, 34.9 (OpenAI), 9.4 (OpenAI) at 1,032,192 of 25,000,000",
         ),
         (
             "ppo_continuous_action.py",
             "HalfCheetah-v4",
             "baselines",
             249_856,
-            "2152.3 ± 1159.8, 1668.6 (OpenAI)",
+            "2152.3 ± 1159.8, 1668.6 (OpenAI), 997.0 (OpenAI) at 250,000 of 1,000,000",
         ),
-        ("ppo_multidiscrete_mask.py", "MicrortsMining-v1", "published", 999_424, ""),
+        (
+            "ppo_multidiscrete_mask.py",
+            "MicrortsMining-v1",
+            "published",
+            999_424,
+            "39.98 ± 0.03 (Huang and Ontanon) at 500,000",
+        ),
+        ("ppo_procgen.py", "bigfish", "baselines", 100_000, "20.1 ± 5.3, 18.8 (OpenAI)"),
         ("ppo_atari_envpool.py", "Pong-v5", "baselines", 10**7, ""),
     ],
 )
