@@ -12,11 +12,12 @@ queue goes seed by seed over all variants, the full recipe first: one that is cu
 variants, with fewer seeds. A run that has its line in ablations.csv is not trained again, be its
 folder at hand or not.
 
-Writes into --save: ablations.csv, a line for each finished run, and ablations_DOMAIN.png, which has
-the names of the environments instead where --env-ids names them. A run that ended early because its
-weights became NaN or infinite counts with its last return; the column `note` says so. Columns of
-ablations.csv: mean_return is that of the last 100 episodes, auc its mean over the whole training,
-first_return its first value.
+Writes into --save: ablations.csv, a line for each finished run, and two figures: of the return at
+the end, ablations_DOMAIN.png, and of its mean over the training, ablations_DOMAIN_throughout.png.
+Their names have the environments in place of the domain where --env-ids names them. A run that
+ended early because its weights became NaN or infinite counts with its last return; the column
+`note` says so. Columns of ablations.csv: mean_return is that of the last 100 episodes, auc its
+mean over the whole training, first_return its first value.
 
 The worth of a detail is the change of the interquartile mean (IQM) over seeds against the full
 recipe of the same script. The unit is what the full recipe gained from its first_return to its
@@ -666,32 +667,55 @@ def compute_changes(lines: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows).sort_values("change", ascending=False, kind="stable")
 
 
-def plot(changes: pd.DataFrame, title: str, path: Path) -> None:
-    """Draws a line for each variant: the change and its interval, and that of each environment."""
-    size = (9, 1.6 + 0.28 * len(changes))
-    figure, axes = plt.subplots(figsize=size, layout="constrained")
-    heights = np.arange(len(changes))
+def split_changes(lines: pd.DataFrame, env_ids: list[str]) -> dict[str, pd.DataFrame]:
+    """Lines of one domain -> what compute_changes says of all environments and of each by itself.
 
-    # Each environment pale, and the mean over it
-    env_ids = [column for column in changes if column not in NOT_ENV_IDS]
-    for env_id, marker in zip(env_ids, "osD^v", strict=False):
-        axes.scatter(100 * changes[env_id], heights, 16, marker=marker, alpha=0.5, label=env_id)
-    axes.hlines(heights, 100 * changes.low, 100 * changes.high, color="black", linewidth=2)
-    label = "mean, 95 %" if changes.low.notna().any() else "mean, of too few seeds for an interval"
-    axes.scatter(100 * changes.change, heights, 36, color="black", zorder=3, label=label)
+    The mean over environments comes first, if there are several; no key where nothing is to say.
+    """
+    parts = {env_id: compute_changes(lines[lines.env_id == env_id]) for env_id in env_ids}
+    if len(env_ids) > 1:
+        parts = {"mean over all": compute_changes(lines)} | parts
+    return {name: changes for name, changes in parts.items() if not changes.empty}
 
-    labels = changes.label
-    if changes.script.nunique() > 1:
-        labels = labels + " (" + changes.script + ")"
-    axes.axvline(0, color="black", linewidth=1)
-    axes.set_yticks(heights, labels)
-    axes.set_ylim(-0.6, len(changes) - 0.4)
-    axes.grid(alpha=0.3)
-    axes.set_title(title, fontsize="medium")
-    axes.set_xlabel(
-        "change of the IQM, % of what the full recipe has gained; -100: learned nothing"
+
+def plot(parts: dict[str, pd.DataFrame], title: str, path: Path) -> None:
+    """Draws a panel for each part and in it a line for each variant: the change and its interval.
+
+    Variants are sorted by the first part's changes, the greatest loss at the top.
+    """
+    order = next(iter(parts.values())).set_index(["script", "label"]).index
+    size = (4 + 2.8 * len(parts), 1.6 + 0.28 * len(order))
+    figure, panels = plt.subplots(
+        1, len(parts), figsize=size, sharey=True, squeeze=False, layout="constrained"
     )
-    figure.legend(loc="outside lower right", ncols=2, fontsize="small")
+    heights = np.arange(len(order))
+    for panel, (name, changes) in zip(panels[0], parts.items(), strict=True):
+        rows = 100 * changes.set_index(["script", "label"])[["change", "low", "high"]]
+        rows = rows.reindex(order)
+
+        # What is seen to be off zero has a colour
+        colors = np.full(len(order), "darkgrey", dtype=object)
+        colors[rows.high < 0] = "tab:red"
+        colors[rows.low > 0] = "tab:blue"
+        insides = np.where(rows.low.isna(), "white", colors)
+        panel.hlines(heights, rows.low, rows.high, color=colors, linewidth=2)
+        panel.scatter(rows.change, heights, 30, facecolors=insides, edgecolors=colors, zorder=3)
+
+        panel.axvline(0, color="black", linewidth=1)
+        panel.grid(alpha=0.3)
+        panel.set_title(name, fontsize="medium")
+
+    labels = [label for _, label in order]
+    if order.get_level_values("script").nunique() > 1:
+        labels = [f"{label} ({script})" for script, label in order]
+    panels[0, 0].set_yticks(heights, labels)
+    panels[0, 0].set_ylim(-0.6, len(order) - 0.4)
+    figure.suptitle(title, fontsize="medium")
+    figure.supxlabel(
+        "change of the IQM and its 95 % interval, in % of what the full recipe gains; -100: learns "
+        "nothing\nred and blue: zero is not in the interval; hollow: too few seeds for one",
+        fontsize="small",
+    )
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
@@ -784,12 +808,11 @@ def describe(lines: pd.DataFrame, args: Args) -> str:
     count = f"{seeds.min()} to {seeds.max()} seeds"
     if seeds.min() == seeds.max():
         count = "1 seed" if seeds.max() == 1 else f"{seeds.max()} seeds"
-    env_ids = ", ".join(lines.env_id.unique())
-    return f"{args.domain}: {env_ids}\n{args.total_timesteps:,} steps, {count}"
+    return f"{args.domain}, {args.total_timesteps:,} steps, {count}"
 
 
 def write_report(jobs: list[tuple[Variant, Job]], args: Args) -> None:
-    """Writes ablations.csv, and the figure of what these jobs are."""
+    """Writes ablations.csv, and the figures of what these jobs are."""
     lines = collect(jobs, args)
     wanted = []
     for variant, job in jobs:
@@ -799,14 +822,20 @@ def write_report(jobs: list[tuple[Variant, Job]], args: Args) -> None:
 
     lines = lines[(lines.domain == args.domain) & (lines.total_timesteps == args.total_timesteps)]
     lines = lines.merge(wanted, on=columns)
-    changes = compute_changes(lines)
-    if changes.empty:
-        print("no figure: no variant and its full recipe are finished", file=sys.stderr)
-        return
     name = args.domain
     if args.env_ids != DOMAINS[args.domain].env_ids:  # its figure is of all of them
         name = "_".join(args.env_ids)
-    plot(changes, describe(lines, args), args.save / f"ablations_{name}.png")
+    for suffix, measure, returns in (
+        ("", "the return at the end", lines.mean_return),
+        ("_throughout", "the mean of the return over the whole training", lines.auc),
+    ):
+        env_ids = [env_id for env_id in args.env_ids if env_id in set(lines.env_id)]
+        parts = split_changes(lines.assign(mean_return=returns), env_ids)
+        if not parts:
+            print("no figure: no variant and its full recipe are finished", file=sys.stderr)
+            return
+        title = f"{measure}\n{describe(lines, args)}"
+        plot(parts, title, args.save / f"ablations_{name}{suffix}.png")
 
 
 def print_variants(variants: list[Variant]) -> None:

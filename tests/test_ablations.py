@@ -9,6 +9,7 @@ from pathlib import Path
 
 import ablations
 import gymnasium as gym
+import matplotlib
 import numpy as np
 import pandas as pd
 import pytest
@@ -216,7 +217,8 @@ def test_trains_reports_and_trains_nothing_twice(tmp_path, monkeypatch, capsys):
     assert re.match(r"[0-9a-f]{40}$", row.commit) and "core" in row.machine
 
     # The domain's figure would be of all its environments
-    assert [path.name for path in (tmp_path / "out").glob("*.png")] == ["ablations_CartPole-v1.png"]
+    figures = sorted(path.name for path in (tmp_path / "out").glob("*.png"))
+    assert figures == ["ablations_CartPole-v1.png", "ablations_CartPole-v1_throughout.png"]
 
     # Again: nothing to train; a line of another domain and one of a run that is gone stay
     others = lines.iloc[:2].assign(domain=["mujoco", "classic"], seed=9, run=["a", "b"])
@@ -342,20 +344,37 @@ def test_table_of_effects():
 
 
 def test_figure(tmp_path, monkeypatch):
-    """Fails when a variant has no line in the figure, or the least is not at its top."""
-    changes = pd.DataFrame(
-        {
-            "script": "ppo.py",
-            "label": ["9: better", "8: worse"],
-            "change": [0.1, -0.9],
-            "low": [0.0, np.nan],
-            "high": [0.2, np.nan],
-            "A": [0.1, -0.9],
-        }
+    """Fails when a variant has no line in each panel, the greatest loss is not at the top, or a
+    colour says more than an interval."""
+    lines = pd.concat(
+        [
+            make_lines("A", "recipe", [100] * 5, 0),
+            make_lines("B", "recipe", [200, 201, 202, 203, 204], 0),
+            make_lines("A", "better", [150] * 5, 0),
+            make_lines("B", "better", [200, 201, 202, 203, 204], 0),
+            make_lines("A", "worse", [10] * 5, 0),
+            make_lines("B", "worse", [20] * 4, 0),
+        ]
     )
+    parts = ablations.split_changes(lines, ["B", "A"])
     monkeypatch.setattr(ablations.plt, "close", lambda figure: None)
-    ablations.plot(changes, "a title", tmp_path / "figure.png")
+    ablations.plot(parts, "a title", tmp_path / "figure.png")
     assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
-    (axes,) = ablations.plt.gcf().axes
-    assert [label.get_text() for label in axes.get_yticklabels()] == ["9: better", "8: worse"]
-    assert axes.get_title() == "a title"
+
+    figure = ablations.plt.gcf()
+    assert figure.get_suptitle() == "a title"
+    assert [panel.get_title() for panel in figure.axes] == ["mean over all", "B", "A"]
+    labels = [label.get_text() for label in figure.axes[0].get_yticklabels()]
+    assert labels == ["9: better", "9: worse"]  # from below
+
+    points = [panel.collections[1] for panel in figure.axes]
+    assert [list(p.get_offsets()[:, 0]) for p in points] == [
+        pytest.approx([25, -90.05], abs=0.1),
+        pytest.approx([0, -90.1], abs=0.1),
+        pytest.approx([50, -90]),
+    ]
+    grey, red, blue = map(matplotlib.colors.to_rgba, ("darkgrey", "tab:red", "tab:blue"))
+    edges = [[tuple(color) for color in p.get_edgecolors()] for p in points]
+    assert edges == [[blue, grey], [grey, grey], [blue, red]]  # four seeds have no interval
+    hollow = [tuple(p.get_facecolors()[1]) == (1, 1, 1, 1) for p in points]
+    assert hollow == [True, True, False]

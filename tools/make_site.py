@@ -607,10 +607,15 @@ def show_ablations(pages: Path, effects: list[dict]) -> str:
     ]
     for domain in sorted({effect["domain"] for effect in effects}):
         parts.append(f"### {domain}\n\n")
-        figure = f"benchmark/results/ablations_{domain}.png"
-        if (ROOT / figure).exists():
-            link = place_file(pages, figure)
-            parts.append(f"![{domain}, each detail taken out]({link}){{ loading=lazy }}\n\n")
+        for suffix, measure in (
+            ("", "return at the end"),
+            ("_throughout", "mean over the training"),
+        ):
+            figure = f"benchmark/results/ablations_{domain}{suffix}.png"
+            if (ROOT / figure).exists():
+                link = place_file(pages, figure)
+                words = f"{domain}, each detail taken out, {measure}"
+                parts.append(f"![{words}]({link}){{ loading=lazy }}\n\n")
         rows = []
         for effect in effects:
             if effect["domain"] == domain:
