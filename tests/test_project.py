@@ -10,6 +10,7 @@ import tomllib
 from pathlib import Path
 
 import ablations
+import numpy as np
 import pandas as pd
 import pytest
 import speed
@@ -281,10 +282,63 @@ def test_effects_in_details_are_those_measured():
     table = text.split(ablations.BEGIN)[1].split(ablations.END)[0]
     assert table == ablations.make_effects(lines)
 
-    # What the text below them says of single seeds
+    # What the text above them says of single seeds
     returns = lines[lines.total_timesteps == 500_000].set_index(["env_id", "variant"]).mean_return
     returns = returns.sort_index()
     for variant in ("no advantage normalisation", "lambda 1"):
         seeds = returns["Acrobot-v1", variant].sort_values().tolist()
         assert len(seeds) == 5 and seeds[0] < -490 and seeds[1] > -100, variant
     assert (returns["CartPole-v1", "bootstrapped"] > 499.5).all()
+    lander = returns["LunarLander-v3"]
+    assert lander["early stopping on KL"].tolist() == lander["recipe"].tolist()
+
+
+def find_effects(measure: str) -> dict[str, dict[str, int]]:
+    """-> {variant: {environment: -1, 0 or 1, where the interval of its change is}} of ppo.py."""
+    lines = pd.read_csv(ROOT / "benchmark" / "results" / "ablations.csv", dtype={"detail": str})
+    lines = lines[(lines.domain == "classic") & (lines.total_timesteps == 500_000)]
+    lines = lines.assign(mean_return=lines[measure])
+    effects = {}
+    for (env_id, label), of_variant in lines.groupby(
+        ["env_id", lines.detail + ": " + lines.variant]
+    ):
+        full = lines[(lines.env_id == env_id) & (lines.detail == "full")]
+        change = ablations.compute_change(full, of_variant)
+        sign = int(np.sign(change["low"])) if change["low"] * change["high"] > 0 else 0
+        effects.setdefault(label, {})[env_id] = sign
+    return effects
+
+
+def test_text_on_effects_says_what_was_measured():
+    """Fails when docs/details.md tells of an effect that ablations.csv has not, or not any more."""
+    cart, acro, lander = "CartPole-v1", "Acrobot-v1", "LunarLander-v3"
+    end = find_effects("mean_return")
+    worse = {
+        env_id: {label for label in end if end[label][env_id] < 0}
+        for env_id in (cart, acro, lander)
+    }
+    everywhere = {"13: shared trunk", "6: one minibatch"}
+    assert worse[cart] & worse[acro] & worse[lander] == everywhere
+    assert worse[lander] - everywhere == {
+        "11: no gradient clipping",
+        "1: one environment",
+        "10: no entropy bonus",
+        "A1: clip range annealed",
+    }
+    for label in (
+        "3: epsilon 1e-8",
+        "3: epsilon as in TensorFlow",
+        "4: constant learning rate",
+        "8: no clipping of the ratio",
+        "9: no value clipping",
+    ):
+        assert set(end[label].values()) == {0}, label
+    apart = "11: each network clipped by itself"
+    assert end[apart][lander] == 1 and end["time limits: bootstrapped"][cart] == 1
+
+    throughout = find_effects("auc")
+    assert throughout["5: lambda 0"] == {cart: -1, acro: 1, lander: 1}
+    assert throughout["2: initialisation of PyTorch"][cart] == -1
+    assert throughout[apart][cart] == throughout[apart][lander] == 1
+    for label in ("7: no advantage normalisation", "5: lambda 1"):
+        assert label not in worse[lander] and throughout[label][lander] >= 0
