@@ -318,6 +318,9 @@ def test_text_on_effects_says_what_was_measured():
         for env_id in (cart, acro, lander)
     }
     everywhere = {"13: shared trunk", "6: one minibatch"}
+    table = (ROOT / "docs" / "details.md").read_text()
+    row = next(line for line in table.splitlines() if line.startswith("| 13: shared trunk |"))
+    assert all(int(change) < -50 for change in re.findall(r"\*\*(-\d+) %", row))
     assert worse[cart] & worse[acro] & worse[lander] == everywhere
     assert worse[lander] - everywhere == {
         "11: no gradient clipping",
