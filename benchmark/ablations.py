@@ -22,8 +22,8 @@ mean over the whole training, first_return its first value.
 The worth of a detail is the change of the interquartile mean (IQM) over seeds against the full
 recipe of the same script. The unit is what the full recipe gained from its first_return to its
 IQM, so that -100 % is to have learned nothing; returns themselves are no unit where they can be
-negative. The change is a mean over environments; its 95 % interval comes from a bootstrap that
-draws seeds anew in each environment, with the unit held fixed.
+negative. A change is that of one environment, or the mean over several; its 95 % interval comes
+from a bootstrap that draws seeds anew in each environment, with the unit held fixed.
 
 Shapes: S = seeds.
 """
@@ -418,7 +418,7 @@ class Args:
     threads: int = 1
     """threads of each run"""
     save: Path = ROOT / "benchmark" / "results"
-    """folder of ablations.csv and the figure"""
+    """folder of ablations.csv and the figures"""
     machine: str = field(default_factory=describe_machine)
     """where the runs were trained, if not here"""
     report: bool = False
@@ -668,13 +668,13 @@ def compute_changes(lines: pd.DataFrame) -> pd.DataFrame:
 
 
 def split_changes(lines: pd.DataFrame, env_ids: list[str]) -> dict[str, pd.DataFrame]:
-    """Lines of one domain -> what compute_changes says of all environments and of each by itself.
+    """Lines of one domain -> {title of a panel: its rows of compute_changes}.
 
-    The mean over environments comes first, if there are several; no key where nothing is to say.
+    The mean over environments comes first, if there are several. A panel without rows is left out.
     """
     parts = {env_id: compute_changes(lines[lines.env_id == env_id]) for env_id in env_ids}
     if len(env_ids) > 1:
-        parts = {"mean over all": compute_changes(lines)} | parts
+        parts = {"mean over environments": compute_changes(lines)} | parts
     return {name: changes for name, changes in parts.items() if not changes.empty}
 
 
@@ -683,7 +683,7 @@ def plot(parts: dict[str, pd.DataFrame], title: str, path: Path) -> None:
 
     Variants are sorted by the first part's changes, the greatest loss at the top.
     """
-    order = next(iter(parts.values())).set_index(["script", "label"]).index
+    order = pd.concat(list(parts.values())).set_index(["script", "label"]).index.unique()
     size = (4 + 2.8 * len(parts), 1.6 + 0.28 * len(order))
     figure, panels = plt.subplots(
         1, len(parts), figsize=size, sharey=True, squeeze=False, layout="constrained"
@@ -713,7 +713,8 @@ def plot(parts: dict[str, pd.DataFrame], title: str, path: Path) -> None:
     figure.suptitle(title, fontsize="medium")
     figure.supxlabel(
         "change of the IQM and its 95 % interval, in % of what the full recipe gains; -100: learns "
-        "nothing\nred and blue: zero is not in the interval; hollow: too few seeds for one",
+        "nothing\nred and blue: zero is not in the interval; hollow: too few seeds for one; "
+        "each panel has its own scale",
         fontsize="small",
     )
     figure.savefig(path, dpi=110)
@@ -803,7 +804,7 @@ def write_details(args: Args) -> None:
 
 
 def describe(lines: pd.DataFrame, args: Args) -> str:
-    """-> the figure's title."""
+    """-> the second line of a figure's title: domain, steps, seeds."""
     seeds = lines.groupby(["script", "detail", "variant", "env_id"]).size()
     count = f"{seeds.min()} to {seeds.max()} seeds"
     if seeds.min() == seeds.max():
@@ -823,13 +824,13 @@ def write_report(jobs: list[tuple[Variant, Job]], args: Args) -> None:
     lines = lines[(lines.domain == args.domain) & (lines.total_timesteps == args.total_timesteps)]
     lines = lines.merge(wanted, on=columns)
     name = args.domain
-    if args.env_ids != DOMAINS[args.domain].env_ids:  # its figure is of all of them
+    if args.env_ids != DOMAINS[args.domain].env_ids:  # its figures are of all of them
         name = "_".join(args.env_ids)
+    env_ids = [env_id for env_id in args.env_ids if env_id in set(lines.env_id)]
     for suffix, measure, returns in (
         ("", "the return at the end", lines.mean_return),
         ("_throughout", "the mean of the return over the whole training", lines.auc),
     ):
-        env_ids = [env_id for env_id in args.env_ids if env_id in set(lines.env_id)]
         parts = split_changes(lines.assign(mean_return=returns), env_ids)
         if not parts:
             print("no figure: no variant and its full recipe are finished", file=sys.stderr)

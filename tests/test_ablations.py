@@ -216,7 +216,7 @@ def test_trains_reports_and_trains_nothing_twice(tmp_path, monkeypatch, capsys):
     assert row.command == f"python runs/ablations/ppo__4-constant-learning-rate.py {options}"
     assert re.match(r"[0-9a-f]{40}$", row.commit) and "core" in row.machine
 
-    # The domain's figure would be of all its environments
+    # The domain's figures would be of all its environments
     figures = sorted(path.name for path in (tmp_path / "out").glob("*.png"))
     assert figures == ["ablations_CartPole-v1.png", "ablations_CartPole-v1_throughout.png"]
 
@@ -354,6 +354,7 @@ def test_figure(tmp_path, monkeypatch):
             make_lines("B", "better", [200, 201, 202, 203, 204], 0),
             make_lines("A", "worse", [10] * 5, 0),
             make_lines("B", "worse", [20] * 4, 0),
+            make_lines("A", "only A", [100] * 5, 0),
         ]
     )
     parts = ablations.split_changes(lines, ["B", "A"])
@@ -363,18 +364,20 @@ def test_figure(tmp_path, monkeypatch):
 
     figure = ablations.plt.gcf()
     assert figure.get_suptitle() == "a title"
-    assert [panel.get_title() for panel in figure.axes] == ["mean over all", "B", "A"]
+    assert [panel.get_title() for panel in figure.axes] == ["mean over environments", "B", "A"]
     labels = [label.get_text() for label in figure.axes[0].get_yticklabels()]
-    assert labels == ["9: better", "9: worse"]  # from below
+    assert labels == ["9: better", "9: worse", "9: only A"]  # from below
 
     points = [panel.collections[1] for panel in figure.axes]
-    assert [list(p.get_offsets()[:, 0]) for p in points] == [
-        pytest.approx([25, -90.05], abs=0.1),
-        pytest.approx([0, -90.1], abs=0.1),
-        pytest.approx([50, -90]),
-    ]
+    changes = [list(p.get_offsets()[:, 0]) for p in points]
+    assert changes[0][:2] == pytest.approx([25, -90.05], abs=0.1)
+    assert changes[1][:2] == pytest.approx([0, -90.1], abs=0.1)
+    assert changes[2] == pytest.approx([50, -90, 0])
+    lows = [line[0][0] for line in figure.axes[2].collections[0].get_segments()]
+    assert lows == pytest.approx([50, -90, 0])
+
     grey, red, blue = map(matplotlib.colors.to_rgba, ("darkgrey", "tab:red", "tab:blue"))
-    edges = [[tuple(color) for color in p.get_edgecolors()] for p in points]
+    edges = [[tuple(color) for color in p.get_edgecolors()[:2]] for p in points]
     assert edges == [[blue, grey], [grey, grey], [blue, red]]  # four seeds have no interval
     hollow = [tuple(p.get_facecolors()[1]) == (1, 1, 1, 1) for p in points]
     assert hollow == [True, True, False]

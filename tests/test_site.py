@@ -231,6 +231,7 @@ def test_measured_effects_appear(tmp_path):
     # A variant of several details is with each of them; one of none is among the results alone
     assert (pages / "scripts" / "ppo.md").read_text().count("plain start") == 3
     results = (pages / "results.md").read_text()
+    assert results.count("![classic, each detail taken out, ") == 2  # figures
     assert "| [2-4](details.md#detail-2) | plain start |" in results
     assert "| time limits | bootstrapped |" in results
     assert "bootstrapped" not in (pages / "scripts" / "ppo.md").read_text()

@@ -598,7 +598,7 @@ def make_results(pages: Path, effects: list[dict]) -> None:
 
 
 def show_ablations(pages: Path, effects: list[dict]) -> str:
-    """-> what each detail is worth, of each domain, with its figure."""
+    """-> Markdown: what each detail is worth, for each domain, with its figures."""
     parts = [
         "## Each detail taken out\n\n"
         "The change of the interquartile mean over seeds when one detail is taken out, in units of "
