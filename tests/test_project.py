@@ -376,3 +376,5 @@ def test_effects_told_in_words_were_measured():
         assert cheetah[label]["sign"] == -1, label
     for label in ("24: deviation depends on the state", "30: no reward scaling"):
         assert cheetah[label]["sign"] == 0 and cheetah[label]["seeds"] >= 5, label
+    alone, four = cheetah["28: no observation normalisation"], cheetah["28-31: none of the four"]
+    assert abs(four["change"] - alone["change"]) < 0.05 and four["seeds"] >= 5
