@@ -293,6 +293,17 @@ def test_effects_in_details_are_those_measured():
     assert (returns["CartPole-v1", "bootstrapped"] > 499.5).all()
     lander = returns["LunarLander-v3"]
     assert lander["early stopping on KL"].tolist() == lander["recipe"].tolist()
+
+    # What fewer seeds had shown
+    for env_id, variant, num_seeds, change in (
+        ("Acrobot-v1", "no advantage normalisation", 1, -1.0),
+        ("LunarLander-v3", "one environment", 2, 0.01),
+    ):
+        some = lines[(lines.env_id == env_id) & (lines.seed <= num_seeds)]
+        full = some[some.variant == "recipe"]
+        shown = ablations.compute_change(full, some[some.variant == variant])["change"]
+        assert round(shown, 2) == change, variant
+
     cheetah = returns["HalfCheetah-v4"]
     unclipped = cheetah["no observation clipping"].tolist()
     assert unclipped == cheetah["recipe"].tolist()
