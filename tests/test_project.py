@@ -275,6 +275,24 @@ def test_prices_edits_fit_the_scripts():
             assert source.count(old) == 1, (script, name)
 
 
+def test_pong_in_readme_is_as_fast_as_it_was():
+    """Fails when README's steps and hours to a return on Pong are not those of the curves."""
+    curves = pd.read_csv(ROOT / "benchmark" / "results" / "pong_fast_curves.csv")
+    readme = " ".join((ROOT / "README.md").read_text().split())
+    half = curves.command.str.endswith("--amp")
+    steps, hours = {}, {}
+    for name, curve in (("half", curves[half]), ("full", curves[~half])):
+        for score in (0, 18):
+            passed = curve[curve.mean_return >= score].iloc[0]
+            steps[name, score] = f"{passed.step / 1e6:.2f}M"
+            hours[name, score] = f"{passed.hours:.2f} hours"
+
+    with_amp = f"after {steps['half', 0]} steps and 18 after {steps['half', 18]} with it"
+    assert f"{with_amp}, another one after {steps['full', 0]} and {steps['full', 18]}" in readme
+    with_amp = f"{hours['half', 18]} and {steps['half', 18]} steps with `--amp`"
+    assert f"{with_amp}, {hours['full', 18]} and {steps['full', 18]} steps without" in readme
+
+
 def test_effects_in_details_are_those_measured():
     """Fails when docs/details.md's tables are not those of ablations.csv."""
     lines = pd.read_csv(ROOT / "benchmark" / "results" / "ablations.csv", dtype={"detail": str})

@@ -4,9 +4,9 @@
     python tools/make_agents.py CartPole-v1              # this one alone
     python tools/make_agents.py CartPole-v1 --run runs/CartPole-v1__ppo__1__1790000000
 
-The last command trains nothing: it takes the agent of a run that is finished. This is also how the
-agents come in whose training takes hours: of those, the film and the returns are kept, but not the
-checkpoint, which is too large for a repository.
+The last command trains nothing: it takes the agent of a run, as it is at its last checkpoint. This
+is also how the agents come in whose training takes hours: of those, the film and the returns are
+kept, but not the checkpoint, which is too large for a repository.
 
 Writes docs/agents/NAME/checkpoint.pt (without the optimizer's state: it can be evaluated, not
 resumed) and loop.webp, a line in docs/agents/agents.json, and the table in docs/agents/README.md.
@@ -62,8 +62,8 @@ ALL = {
         "ppo_continuous_action.py", frames=80, fps=20, width=240, camera="track"
     ),
     "MicrortsMining-v1": Agent("ppo_multidiscrete_mask.py", frames=200),
-    "BreakoutNoFrameskip-v4": Agent("ppo_atari.py", frames=200, small=False),
-    "PongNoFrameskip-v4": Agent("ppo_atari.py", frames=200, small=False),
+    "Breakout-v5": Agent("ppo_atari_envpool.py", frames=200, small=False),
+    "Pong-v5": Agent("ppo_atari_envpool.py", frames=200, small=False),
     "starpilot": Agent("ppo_procgen.py", frames=150, fps=15, small=False),
 }
 SMALL = [name for name, agent in ALL.items() if agent.small]
@@ -74,7 +74,7 @@ class Args:
     names: Annotated[list[str], tyro.conf.Positional] = field(default_factory=lambda: SMALL)
     """which agents to make, by their environments"""
     run: Path | None = None
-    """folder of a finished run to take the agent from, instead of training"""
+    """folder of a run to take the agent from, instead of training"""
     episodes: int = 20
     """episodes to evaluate over"""
 
