@@ -322,6 +322,12 @@ def test_effects_in_details_are_those_measured():
         shown = ablations.compute_change(full, some[some.variant == variant])["change"]
         assert round(shown, 2) == change, variant
 
+    mining = returns["MicrortsMining-v1"]
+    assert mining["no mask"].max() < 1
+    assert mining["recipe"].round().agg(["min", "max"]).tolist() == [33, 38]
+    others = mining.drop("no mask")
+    assert others.between(32, 40).all() and (others < 35).mean() > 0.5
+
     cheetah = returns["HalfCheetah-v4"]
     unclipped = cheetah["no observation clipping"].tolist()
     assert unclipped == cheetah["recipe"].tolist()
@@ -350,6 +356,7 @@ def test_effects_told_in_words_were_measured():
     end = find_effects("classic", "mean_return")
     throughout = find_effects("classic", "auc")
     mujoco = find_effects("mujoco", "mean_return")
+    microrts = find_effects("microrts", "mean_return")
 
     def worse(env_id):
         return {label for label in end if end[label][env_id]["sign"] < 0}
@@ -411,3 +418,9 @@ def test_effects_told_in_words_were_measured():
         assert cheetah[label]["sign"] == 0 and cheetah[label]["seeds"] >= 5, label
     alone, four = cheetah["28: no observation normalisation"], cheetah["28-31: none of the four"]
     assert abs(four["change"] - alone["change"]) < 0.05 and four["seeds"] >= 5
+
+    mining = {label: change["MicrortsMining-v1"] for label, change in microrts.items()}
+    worse_mining = {label for label, change in mining.items() if change["sign"] < 0}
+    assert worse_mining == {"A4: no mask", "10: no entropy bonus"}
+    assert f"the end is {-100 * mining['10: no entropy bonus']['change']:.0f} % lower" in text
+    assert all(change["sign"] <= 0 for change in mining.values())
