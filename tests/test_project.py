@@ -326,7 +326,6 @@ def test_effects_in_details_are_those_measured():
     mining = returns["MicrortsMining-v1"]
     assert mining["no mask"].max() < 1
     assert mining["constant learning rate"].between(39.7, 40).all()
-    assert mining["constant learning rate"].max() == mining.max()
     text = " ".join(text.split())
     for variant, words in (
         ("recipe", "the recipe's five come to {:.0f} to {:.0f}"),
