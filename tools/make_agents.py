@@ -34,7 +34,7 @@ sys.path.insert(0, str(ROOT / "benchmark"))
 
 import evaluate  # noqa: E402
 import report  # noqa: E402
-from common import describe_machine, refuse  # noqa: E402
+from common import count_steps, describe_machine, read_checkpoint, refuse  # noqa: E402
 
 MAX_BYTES = 600_000  # of a film
 
@@ -150,7 +150,7 @@ def make_agent(name: str, run_dir: Path, episodes: int) -> dict:
     return {
         "script": ALL[name].script,
         "command": run["command"],
-        "steps": int(run["steps"]),
+        "steps": count_steps(read_checkpoint(run_dir)),
         "hours": round(float(run["hours"]), 3),
         "commit": run["commit"],
         "date": run["date"],
