@@ -24,6 +24,7 @@ Shapes: I = iterations of a run, S = seeds, P = POINTS of a curve.
 
 import dataclasses
 import datetime
+import itertools
 import math
 import re
 import sys
@@ -123,17 +124,21 @@ def build_command(script: Path, args: dict, processes: int) -> str:
     return " ".join(words)
 
 
-def compute_hours(end_times: np.ndarray, first_duration: float) -> np.ndarray:
-    """Wall times [I] at which iterations ended -> hours of training until each of them [I].
+def compute_hours(steps: np.ndarray, speeds: np.ndarray, first_steps: list[int]) -> np.ndarray:
+    """-> hours of training until the end of each iteration [I].
 
-    Both arguments are in seconds; the first iteration has no end before it, so its duration is
-    given. A run that was interrupted and gone on with has gaps, which are no training: an iteration
-    that seems to have taken more than ten times the median is counted as one that took the median.
+    steps: environment steps at the end of each iteration [I].
+    speeds: the steps per second that were logged there [I], which a script counts from where and
+        when it was started, so that neither pauses nor setting up are in them.
+    first_steps: where it was started, 0, and where it was gone on with, if it was.
     """
-    durations = np.diff(end_times, prepend=end_times[0] - first_duration)
-    median = np.median(durations)
-    durations = np.where(durations > 10 * median, median, durations)
-    return durations.cumsum() / 3600
+    hours = np.zeros(len(steps))
+    before = 0.0
+    for first, end in itertools.pairwise([*first_steps, np.inf]):
+        sitting = (first < steps) & (steps <= end)
+        hours[sitting] = before + (steps[sitting] - first) / speeds[sitting] / 3600
+        before = hours.max()
+    return hours
 
 
 def average_last_episodes(
@@ -170,13 +175,15 @@ def read_run(
         raise NoRunError(str(error)) from None
     args = checkpoint["args"]
 
-    events = EventAccumulator(str(run_dir), size_guidance={"scalars": 0})
+    events = EventAccumulator(str(run_dir), size_guidance={"scalars": 0, "tensors": 0})
     events.Reload()
-    tags = events.Tags()["scalars"]
-    if "charts/SPS" not in tags:
+    tags = events.Tags()
+    if "charts/SPS" not in tags["scalars"]:
         raise NoRunError("has not trained yet")
-    if "charts/episodic_return" not in tags:
+    if "charts/episodic_return" not in tags["scalars"]:
         raise NoRunError("no episode has ended yet, so there is no return to report")
+    if "hyperparameters/text_summary" not in tags["tensors"]:
+        raise NoRunError("has not logged its hyperparameters, which say when it was started")
     try:
         command = build_command(script, args, checkpoint.get("processes", 1))
     except (ValueError, KeyError) as error:
@@ -185,9 +192,10 @@ def read_run(
     # Iterations
     iterations = events.Scalars("charts/SPS")
     steps = np.array([event.step for event in iterations])  # [I]
-    times = np.array([event.wall_time for event in iterations])  # [I]
-    hours = compute_hours(times, steps[0] / iterations[0].value)
-    began = datetime.datetime.fromtimestamp(times[0])
+    speeds = np.array([event.value for event in iterations])  # [I]
+    starts = events.Tensors("hyperparameters/text_summary")  # logged by each start of the script
+    hours = compute_hours(steps, speeds, [event.step for event in starts])
+    began = datetime.datetime.fromtimestamp(iterations[0].wall_time)
 
     # Episodes
     episodes = events.Scalars("charts/episodic_return")
