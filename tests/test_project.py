@@ -439,23 +439,38 @@ def test_effects_told_in_words_were_measured():
         "8: no clipping of the ratio",
         "11: no gradient clipping",
     }
-    assert labels_with_sign(end, 1) == {"4: constant learning rate"}
+    assert labels_with_sign(end, 1) == {"4: constant learning rate", "5: lambda 0"}
     assert labels_with_sign(end, -1) == {
+        "1: one environment",
+        "5: lambda 1",
         "6: one minibatch",
         "10: no entropy bonus",
         "A4: no mask",
     }
     assert labels_with_sign(end, 0) - {"full: recipe"} == six_lower | {
         "2: initialisation of PyTorch",
+        "3: epsilon 1e-8",
+        "3: epsilon as in TensorFlow",
         "6: samples drawn with replacement",
         "7: no advantage normalisation",
         "9: no value clipping",
+        "A1: clip range annealed",
+        "A3: early stopping on KL",
+        "time limits: bootstrapped",
         "half precision: bfloat16",
     }
     for label in six_lower:
         assert round(end[label]["MicrortsMining-v1"]["change"], 2) == -0.06, label
-    bonus = end["10: no entropy bonus"]["MicrortsMining-v1"]
-    assert f"it is {-100 * bonus['change']:.0f} % lower" in text and bonus["high"] > -0.02
+    for label in ("10: no entropy bonus", "1: one environment"):
+        change = end[label]["MicrortsMining-v1"]
+        assert round(change["change"], 2) == -0.07 and -0.02 < change["high"] < 0, label
     assert -0.8 < end["6: one minibatch"]["MicrortsMining-v1"]["change"] < -0.7
-    slower = labels_with_sign(find_effects("microrts", "auc"), -1)
+    assert round(end["5: lambda 1"]["MicrortsMining-v1"]["change"], 1) == -0.7
+    assert round(end["5: lambda 0"]["MicrortsMining-v1"]["change"], 2) == 0.08
+    limits = end["time limits: bootstrapped"]["MicrortsMining-v1"]
+    assert round(limits["change"], 2) == 0.05 and abs(limits["low"]) < 0.005
+    throughout = find_effects("microrts", "auc")
+    slower = labels_with_sign(throughout, -1)
     assert {"2: initialisation of PyTorch", "6: samples drawn with replacement"} <= slower
+    faster = labels_with_sign(throughout, 1)
+    assert {"5: lambda 0", "time limits: bootstrapped"} <= faster
