@@ -128,9 +128,9 @@ def compute_hours(steps: np.ndarray, speeds: np.ndarray, first_steps: list[int])
     """-> hours of training until the end of each iteration [I].
 
     steps: environment steps at the end of each iteration [I].
-    speeds: the steps per second that were logged there [I], which a script counts from where and
-        when it was started, so that neither pauses nor setting up are in them.
-    first_steps: where it was started, 0, and where it was gone on with, if it was.
+    speeds: the steps per second logged there [I]: those since the script was last started, over
+        their time, so that neither pauses nor setting up are in them.
+    first_steps: the step at which each start of the script began, 0 first.
     """
     hours = np.zeros(len(steps))
     before = 0.0

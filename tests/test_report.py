@@ -4,6 +4,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import matplotlib
@@ -13,6 +14,7 @@ import pytest
 import report
 import torch
 from conftest import ROOT, scalars
+from torch.utils.tensorboard import SummaryWriter
 
 import ppo
 
@@ -217,6 +219,21 @@ def test_pauses_are_no_training():
         np.testing.assert_allclose(hours * 3600, [2, 4, 12, 22, 32])
 
 
+def test_hours_of_a_run_that_was_gone_on_with(tmp_path, monkeypatch):
+    """Fails when read_run loses the hours of a start of the script, or adds those between two."""
+    monkeypatch.chdir(tmp_path)
+    ppo.main(ppo.Args(**SMALL, total_timesteps=2048))
+    (run_dir,) = (tmp_path / "runs").iterdir()
+    time.sleep(5)
+    ppo.main(ppo.Args(**SMALL, total_timesteps=4096, resume=str(run_dir)))
+
+    speeds = dict(scalars(run_dir, "charts/SPS"))
+    seconds = 2048 / speeds[2048] + 2048 / speeds[4096]
+    run, curve = report.read_run(run_dir, machine="here")
+    assert run["hours"] * 3600 == pytest.approx(seconds)
+    assert curve.hours.iloc[-1] == run["hours"]
+
+
 def test_published_numbers_of_renamed_tasks():
     """Fails when -v4 tasks lose the numbers of their -v2, or another script's are taken."""
     hopper = report.find_published("ppo_continuous_action.py", "Hopper-v4")
@@ -373,17 +390,22 @@ def test_what_is_no_run_is_left_out(folder, tmp_path):
         (tmp_path / name).mkdir()
         checkpoint = {"script": script, "args": {}, "iteration": 0}
         torch.save(checkpoint, tmp_path / name / "checkpoint.pt")
+    shutil.copytree(tmp_path / "new", tmp_path / "untold")
+    with SummaryWriter(str(tmp_path / "untold")) as writer:
+        for name in ("charts/SPS", "charts/episodic_return"):
+            writer.add_scalar(name, 1, 1)
     (good,) = (folder / "runs").glob("CartPole-v1__ppo__2__*")
-    bad = [tmp_path / name for name in ("logs", "new", "strange")]
+    bad = [tmp_path / name for name in ("logs", "new", "untold", "strange")]
     program = str(ROOT / "benchmark" / "report.py")
     command = [sys.executable, program, "--save", str(tmp_path / "x"), *map(str, bad)]
 
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 2
     *left_out, last = result.stderr.splitlines()
-    assert [line.partition(": ")[0] for line in left_out] == ["left out"] * 3
+    assert [line.partition(": ")[0] for line in left_out] == ["left out"] * 4
     assert f"{tmp_path}/logs: no run, FileNotFoundError" in result.stderr
     assert f"{tmp_path}/new: has not trained yet" in result.stderr
+    assert f"{tmp_path}/untold: has not logged its hyperparameters" in result.stderr
     assert f"{tmp_path}/strange: made by os.py, which is none of the eight" in result.stderr
     assert last == "report.py: no run to report"
 
