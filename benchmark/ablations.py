@@ -4,7 +4,7 @@
     python benchmark/ablations.py --workers 2   # trains them all; started again, goes on
     python benchmark/ablations.py --domain mujoco --variants 9 28-no-observation-normalisation
     python benchmark/ablations.py --report      # writes what is finished so far
-    python benchmark/ablations.py --details     # writes docs/details.md's tables
+    python benchmark/ablations.py --details     # writes docs/details.md's tables and overviews
 
 A variant is a copy of a script, runs/ablations/SCRIPT__VARIANT.py, in which some lines are edited
 or which gets other flags. Its runs are trained, stopped and gone on with as those of run.py. The
@@ -16,8 +16,9 @@ Writes into --save: ablations.csv, a line for each finished run, and two figures
 the end, ablations_DOMAIN.png, and of its mean over the training, ablations_DOMAIN_throughout.png.
 Their names have the environments in place of the domain where --env-ids names them. A run that
 ended early because its weights became NaN or infinite counts with its last return; the column
-`note` says so. Columns of ablations.csv: mean_return is that of the last 100 episodes, auc its
-mean over the whole training, first_return its first value.
+`note` says so. What --details draws of all domains is ablations_overview.png, and
+ablations_overview_throughout.png. Columns of ablations.csv: mean_return is that of the last 100
+episodes, auc its mean over the whole training, first_return its first value.
 
 The worth of a detail is the change of the interquartile mean (IQM) over seeds against the full
 recipe of the same script. The unit is what the full recipe gained from its first_return to its
@@ -44,6 +45,7 @@ import numpy as np
 import pandas as pd
 import tyro
 from common import ROOT, describe_machine, refuse
+from matplotlib.colors import to_rgba
 from report import NoRunError, read_run
 from run import RUNS, Job, Queue
 from scipy import stats
@@ -52,6 +54,7 @@ from tqdm import tqdm
 COPIES = RUNS / "ablations"
 BOOTSTRAPS = 2000
 MIN_SEEDS = 5  # of fewer, an interval would be too narrow
+SMALL = 0.1  # an interval within this of zero rules out that a detail matters much
 
 # What tells one run from another in ablations.csv; of two that are equal in it, the later counts
 KEY = ["domain", "script", "detail", "variant", "env_id", "seed", "total_timesteps"]
@@ -753,6 +756,18 @@ def describe_change(full: pd.DataFrame, variant: pd.DataFrame) -> str:
     return f"**{text}**" if change["low"] * change["high"] > 0 else text
 
 
+def find_measured(lines: pd.DataFrame) -> dict[str, pd.DataFrame]:
+    """All lines of ablations.csv -> {domain: those of its environments and steps}."""
+    lines = lines.dropna(subset=["mean_return"])
+    measured = {}
+    for name, domain in DOMAINS.items():
+        here = (lines.domain == name) & (lines.total_timesteps == domain.total_timesteps)
+        here &= lines.env_id.isin(domain.env_ids)
+        if here.any():
+            measured[name] = lines[here]
+    return measured
+
+
 def make_effects_table(lines: pd.DataFrame, domain: Domain) -> str:
     """Lines of one domain -> a row for each variant in the order of details, its environments."""
     several = len({variant.script for variant in domain.variants}) > 1
@@ -775,17 +790,12 @@ def make_effects_table(lines: pd.DataFrame, domain: Domain) -> str:
 
 def make_effects(lines: pd.DataFrame) -> str:
     """All lines of ablations.csv -> docs/details.md's tables, two for each domain."""
-    lines = lines.dropna(subset=["mean_return"])
     parts = []
-    for name, domain in DOMAINS.items():
-        here = (lines.domain == name) & (lines.total_timesteps == domain.total_timesteps)
-        here &= lines.env_id.isin(domain.env_ids)
-        if not here.any():
-            continue
+    for name, at_the_end in find_measured(lines).items():
+        domain = DOMAINS[name]
         scripts = list(dict.fromkeys(f"`{variant.script}`" for variant in domain.variants))
         of = scripts[0] if len(scripts) == 1 else f"{', '.join(scripts[:-1])} and {scripts[-1]}"
 
-        at_the_end = lines[here]
         throughout = at_the_end.assign(mean_return=at_the_end.auc)
         parts.append(f"**{name}**, {of}, the return after {domain.total_timesteps:,} steps:\n\n")
         parts.append(make_effects_table(at_the_end, domain) + "\n")
@@ -794,8 +804,90 @@ def make_effects(lines: pd.DataFrame) -> str:
     return "\n" + "".join(parts)
 
 
+def find_overview(lines: pd.DataFrame) -> pd.DataFrame:
+    """All lines of ablations.csv -> a row for each variant and environment, in details' order.
+
+    Columns: env_id, label, change, low, high.
+    """
+    tables = []
+    for measured in find_measured(lines).values():
+        for env_id, of_env in measured.groupby("env_id"):
+            changes = compute_changes(of_env)[["label", "change", "low", "high"]]
+            tables.append(changes.assign(env_id=env_id))
+    rows = pd.concat(tables)
+
+    variants = [variant for domain in DOMAINS.values() for variant in domain.variants]
+    labels = [f"{variant.detail}: {variant.name}" for variant in sorted(variants, key=place)]
+    return rows.sort_values("label", key=lambda names: names.map(labels.index), kind="stable")
+
+
+def describe_cell(row: pd.Series) -> tuple[str, tuple]:
+    """A change and its interval -> the text and the color of its cell in an overview.
+
+    An effect is seen: red or blue, the stronger the greater it is. None of more than SMALL: grey.
+    Undecided: white, with the interval; with a question mark if too few seeds have none.
+    """
+    change = in_percent(row.change)
+    if np.isnan(row.low):
+        return f"{change} ?", to_rgba("white")
+    if row.low * row.high > 0:
+        strength = 0.1 + 0.4 * min(abs(row.change), 0.5)
+        return change, plt.colormaps["RdBu"](0.5 + np.sign(row.change) * strength)
+    if max(-row.low, row.high) <= SMALL:
+        return change, to_rgba("gainsboro")
+    return f"{in_percent(row.low)} to {in_percent(row.high)}", to_rgba("white")
+
+
+def plot_overview(rows: pd.DataFrame, title: str, path: Path) -> None:
+    """Draws rows of find_overview as a matrix: a line for each variant, a column for each task."""
+    labels = rows.label.unique().tolist()
+    all_env_ids = [env_id for domain in DOMAINS.values() for env_id in domain.env_ids]
+    env_ids = [env_id for env_id in all_env_ids if env_id in set(rows.env_id)]
+
+    size = (3.2 + 1.25 * len(env_ids), 1.6 + 0.27 * len(labels))
+    figure, panel = plt.subplots(figsize=size, layout="constrained")
+    colors = np.ones((len(labels), len(env_ids), 4))
+    for _, row in rows.iterrows():
+        line, column = labels.index(row.label), env_ids.index(row.env_id)
+        text, colors[line, column] = describe_cell(row)
+        matters = row.low * row.high > 0
+        panel.text(
+            column,
+            line,
+            text,
+            ha="center",
+            va="center",
+            fontsize="small",
+            color="black" if matters else "dimgrey",
+            weight="bold" if matters else "normal",
+        )
+    panel.imshow(colors, aspect="auto")
+
+    panel.xaxis.tick_top()
+    panel.set_xticks(range(len(env_ids)), env_ids, fontsize="small")
+    panel.set_yticks(range(len(labels)), labels, fontsize="small")
+    panel.tick_params(length=0)
+    panel.set_xticks(np.arange(len(env_ids) - 1) + 0.5, minor=True)
+    panel.set_yticks(np.arange(len(labels) - 1) + 0.5, minor=True)
+    panel.grid(which="minor", color="lightgrey")
+    panel.tick_params(which="minor", length=0)
+    figure.suptitle(title, fontsize="medium")
+    figure.supxlabel(
+        "change of the IQM, in % of what the full recipe gains; -100: learns nothing\n"
+        "red and blue: an effect is seen, zero is not in the 95 % interval\n"
+        f"grey: none of more than {100 * SMALL:.0f}; white: undecided, the interval is told\n"
+        "?: too few seeds for one; empty: not measured",
+        fontsize="small",
+    )
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
 def write_details(args: Args) -> None:
-    """Puts the tables of all measured effects into docs/details.md, in the place of those there."""
+    """Puts the tables of all measured effects into docs/details.md, in the place of those there.
+
+    Draws the overviews of all domains.
+    """
     lines = read_lines(args)
     if lines is None:
         refuse(f"--details: there is no {args.save / 'ablations.csv'}")
@@ -804,6 +896,14 @@ def write_details(args: Args) -> None:
     before = text.split(BEGIN)[0]
     after = text.split(END)[1]
     path.write_text(f"{before}{BEGIN}{make_effects(lines)}{END}{after}")
+
+    for suffix, measure, returns in (
+        ("", "the return at the end", lines.mean_return),
+        ("_throughout", "the mean of the return over the whole training", lines.auc),
+    ):
+        rows = find_overview(lines.assign(mean_return=returns))
+        title = f"{measure}, each detail taken out"
+        plot_overview(rows, title, args.save / f"ablations_overview{suffix}.png")
 
 
 def describe(lines: pd.DataFrame, args: Args) -> str:

@@ -382,3 +382,55 @@ def test_figure(tmp_path, monkeypatch):
     assert edges == [[blue, grey], [grey, grey], [blue, red]]  # four seeds have no interval
     hollow = [tuple(p.get_facecolors()[1]) == (1, 1, 1, 1) for p in points]
     assert hollow == [True, True, False]
+
+
+def test_overview(tmp_path, monkeypatch):
+    """Fails when a row or column is missing or out of order, or a cell says more than is known."""
+    nearly = [500, 501, 502, 503, 504]
+    parts = [
+        make_lines("CartPole-v1", "recipe", nearly, 20).assign(domain="classic"),
+        make_lines("CartPole-v1", "clip range annealed", nearly, 20).assign(detail="A1"),
+        make_lines("CartPole-v1", "no value clipping", [262] * 5, 20),
+        make_lines("CartPole-v1", "shared trunk", [380] * 2, 20).assign(detail="13"),
+        make_lines("HalfCheetah-v4", "recipe", [900, 1000, 1000, 1000, 1100], 0),
+        make_lines("HalfCheetah-v4", "no value clipping", [400, 900, 1000, 1100, 1600], 0),
+        make_lines("HalfCheetah-v4", "shared trunk", [1300] * 5, 0).assign(detail="26"),
+    ]
+    lines = pd.concat(parts).assign(total_timesteps=500_000, domain="classic")
+    cheetah = lines.env_id == "HalfCheetah-v4"
+    lines.loc[cheetah, ["domain", "script"]] = ["mujoco", "ppo_continuous_action.py"]
+    rows = ablations.find_overview(lines.iloc[::-1])
+
+    monkeypatch.setattr(ablations.plt, "close", lambda figure: None)
+    ablations.plot_overview(rows, "a title", tmp_path / "figure.png")
+    assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
+    panel = ablations.plt.gcf().axes[0]
+    labels = [label.get_text() for label in panel.get_yticklabels()]
+    env_ids = [label.get_text() for label in panel.get_xticklabels()]
+    assert env_ids == ["CartPole-v1", "HalfCheetah-v4"]
+
+    trunk, trunk_of_mujoco = "13: shared trunk", "26: shared trunk"
+    clipping, annealed = "9: no value clipping", "A1: clip range annealed"
+    assert labels == [clipping, trunk, trunk_of_mujoco, annealed]
+
+    texts = {}
+    for text in panel.texts:
+        column, line = text.get_position()
+        texts[labels[line], env_ids[column]] = text.get_text(), text.get_weight()
+    low, high = map(int, re.findall(r"[+-]\d+", texts[clipping, "HalfCheetah-v4"][0]))
+    assert -61 < low < -10 and 10 < high < 61
+    assert texts == {
+        (clipping, "CartPole-v1"): ("-50", "bold"),
+        (clipping, "HalfCheetah-v4"): (f"{low} to +{high}", "normal"),
+        (trunk, "CartPole-v1"): ("-25 ?", "normal"),
+        (trunk_of_mujoco, "HalfCheetah-v4"): ("+30", "bold"),
+        (annealed, "CartPole-v1"): ("+0", "normal"),
+    }
+
+    colors = panel.images[0].get_array()
+    white = (1, 1, 1, 1)
+    red, blue, grey = colors[0, 0], colors[2, 1], colors[3, 0]
+    assert red[0] > red[2] + 0.3 and blue[2] > blue[0] + 0.3
+    for line, column in ((0, 1), (1, 0), (1, 1), (2, 0), (3, 1)):  # undecided or not measured
+        assert tuple(colors[line, column]) == white
+    assert grey[0] == grey[1] == grey[2] < 1

@@ -605,7 +605,9 @@ def show_ablations(pages: Path, effects: list[dict]) -> str:
         "what the full recipe gains in its training: -100 % is to have learned nothing. Of fewer "
         "than five seeds there is no interval, and a change may be chance.\n\n"
     ]
-    for domain in sorted({effect["domain"] for effect in effects}):
+    # The overview has figures of all domains, and no rows of its own
+    domains = sorted({effect["domain"] for effect in effects})
+    for domain in ["overview", *domains]:
         parts.append(f"### {domain}\n\n")
         for suffix, measure in (
             ("", "return at the end"),
