@@ -419,8 +419,19 @@ def test_effects_told_in_words_were_measured():
     cheetah = {label: change["HalfCheetah-v4"] for label, change in mujoco.items()}
     for label in ("27: clipped actions stored", "28: no observation normalisation"):
         assert cheetah[label]["sign"] == -1, label
+    assert round(cheetah["5: lambda 1"]["change"], 2) == -0.34
+    assert round(cheetah["6: one minibatch"]["change"], 2) == -0.23
+    assert round(cheetah["4: constant learning rate"]["change"], 2) == 0.09
+    for label, sign in (
+        ("5: lambda 1", -1),
+        ("6: one minibatch", -1),
+        ("4: constant learning rate", 1),
+    ):
+        assert cheetah[label]["sign"] == sign, label
     for label in (
+        "7: no advantage normalisation",
         "24: deviation depends on the state",
+        "26: shared trunk",
         "30: no reward scaling",
         "31: no reward clipping",
     ):
