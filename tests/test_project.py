@@ -375,6 +375,8 @@ def test_effects_told_in_words_were_measured():
     half = [round(end[trunk][env_id]["change"], 1) for env_id in env_ids]
     assert half[0] in (-0.5, -0.6) and half[1] in (-0.5, -0.6) and half[2] <= -1
     assert max(env_ids, key=lambda env_id: end[minibatch][env_id]["change"]) == acro
+    means = {label: np.mean([end[label][e]["change"] for e in env_ids]) for label in end}
+    assert min(means, key=means.get) == trunk
     assert worse(lander) - {trunk, minibatch} == {
         "11: no gradient clipping",
         "1: one environment",
