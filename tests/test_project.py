@@ -461,6 +461,9 @@ def test_effects_told_in_words_were_measured():
     assert round(cheetah["6: one minibatch"]["change"], 2) == -0.23
     assert round(cheetah["4: constant learning rate"]["change"], 2) == 0.09
     assert round(cheetah["5: lambda 0"]["change"], 2) == 0.12
+    others = {label.split(":")[0] for label in cheetah} - {"full", "24", "28-31"}
+    others -= {str(number) for number in range(26, 32)}  # MuJoCo's own
+    assert len(others) == 9, "README and details.md tell of nine others"
     assert round(cheetah["8: no clipping of the ratio"]["change"], 1) == -0.3
     alone, four = cheetah["28: no observation normalisation"], cheetah["28-31: none of the four"]
     assert abs(four["change"] - alone["change"]) < 0.05 and four["seeds"] >= 5
