@@ -355,7 +355,7 @@ def show_arguments(script: str) -> str:
 
 
 def find_titles() -> dict[str, str]:
-    """-> {name of a result: its title}, from the pictures of README.md."""
+    """-> {name of a result: its title}, from the pictures of README.md, in their order."""
     pictures = re.findall(
         r"!\[(.+?), mean return .*?\]\(benchmark/results/(\w+)_steps\.png\)", read("README.md")
     )
@@ -365,7 +365,7 @@ def find_titles() -> dict[str, str]:
 def show_curves(pages: Path, name: str, page: str) -> str:
     """-> the learning curves of one result, over steps and over hours."""
     parts = []
-    title = find_titles().get(name, name)
+    title = find_titles()[name]
     for kind, words in (("steps", "environment steps"), ("hours", "hours")):
         path = f"benchmark/results/{name}_{kind}.png"
         if (ROOT / path).exists():
@@ -564,18 +564,15 @@ def show_runs(path: Path) -> str:
 
 
 def make_results(pages: Path, effects: list[dict]) -> None:
-    """All tables and curves of benchmark/results/."""
+    """All tables and curves of benchmark/results/ that README.md shows."""
     page = "results.md"
     readme = read("README.md")
     folder = ROOT / "benchmark" / "results"
     before = cut_section(readme, "Results").partition("<!-- results -->")[0]
     parts = [ALONE, "# Results\n\n", move_links(pages, before, "README.md", page), "\n"]
-    titles = find_titles()
-    for path in sorted(folder.glob("*.md")):
-        name = path.stem
-        title = titles.get(name)
-        parts.append(f"## {title} ({name})\n\n" if title else f"## {name}\n\n")
-        parts.append(path.read_text().strip() + "\n\n")
+    for name, title in find_titles().items():
+        parts.append(f"## {title} ({name})\n\n")
+        parts.append((folder / f"{name}.md").read_text().strip() + "\n\n")
         parts.append(show_curves(pages, name, page))
         runs = folder / f"{name}_runs.csv"
         if runs.exists():
