@@ -607,20 +607,20 @@ def has_learned(runs: pd.DataFrame) -> bool:
 def compute_change(full: pd.DataFrame, variant: pd.DataFrame) -> dict | None:
     """Lines of the full recipe and of a variant -> the change, with its interval and its parts.
 
-    A variant of fewer seeds is compared with the same seeds of the full recipe. The interval is NaN
-    if an environment has too few seeds; None if one has not been trained.
+    All seeds of the full recipe count, be they more than the variant's: what they share, the first
+    weights, ties their returns too loosely. The interval is NaN if an environment has too few
+    seeds; None if one has not been trained.
     """
     changes = {}
     samples = []  # for each environment, returns of the full recipe [S] and of the variant [S]
     gains = []
     for env_id, rows in full.groupby("env_id"):
         of_variant = variant[variant.env_id == env_id]
-        same_seeds = rows[rows.seed.isin(of_variant.seed)]
-        if same_seeds.empty:
+        if of_variant.empty:
             return None
-        ours = same_seeds.mean_return.to_numpy()
+        ours = rows.mean_return.to_numpy()
         others = of_variant.mean_return.to_numpy()
-        gain = compute_iqm(rows.mean_return) - rows.first_return.mean()
+        gain = compute_iqm(ours) - rows.first_return.mean()
         changes[env_id] = (compute_iqm(others) - compute_iqm(ours)) / gain
         samples += [ours, others]
         gains.append(gain)

@@ -275,7 +275,7 @@ def test_change_of_the_interquartile_mean(capsys):
             make_lines("B", "recipe", [-80] * 5, -500),  # gained 420
             make_lines("A", "nothing learned", [5] * 6, 7),
             make_lines("B", "nothing learned", [-500] * 5, -500),
-            make_lines("A", "better", [42.5] * 4, 5),  # the recipe's first four have IQM 22.5
+            make_lines("A", "better", [45] * 4, 5),  # beside all six seeds of the recipe
             make_lines("B", "better", [-80] * 5, -500),
             make_lines("A", "only A", [45, 45], 5),
             make_lines("C", "recipe", [1, 1], 2),
