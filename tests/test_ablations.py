@@ -371,8 +371,8 @@ def test_figure(tmp_path, monkeypatch):
 
     points = [panel.collections[1] for panel in figure.axes]
     changes = [list(p.get_offsets()[:, 0]) for p in points]
-    assert changes[0][:2] == pytest.approx([25, -89.93], abs=0.01)
-    assert changes[1][:2] == pytest.approx([0, -89.85], abs=0.01)
+    assert changes[0][:2] == pytest.approx([25, -90.05], abs=0.01)
+    assert changes[1][:2] == pytest.approx([0, -90.10], abs=0.01)
     assert changes[2] == pytest.approx([50, -90, 0])
     lows = [line[0][0] for line in figure.axes[2].collections[0].get_segments()]
     assert lows == pytest.approx([50, -90, 0])
