@@ -607,12 +607,12 @@ def has_learned(runs: pd.DataFrame) -> bool:
 def compute_change(full: pd.DataFrame, variant: pd.DataFrame) -> dict | None:
     """Lines of the full recipe and of a variant -> the change, with its interval and its parts.
 
-    All seeds of the full recipe count, be they more than the variant's: what they share, the first
-    weights, ties their returns too loosely. The interval is NaN if an environment has too few
-    seeds; None if one has not been trained.
+    All seeds of the full recipe count, be they more than the variant's: the more, the better its
+    mean is known. The interval is NaN if an environment has too few seeds; None if one has not been
+    trained.
     """
     changes = {}
-    samples = []  # for each environment, returns of the full recipe [S] and of the variant [S]
+    samples = []  # for each environment, returns of the full recipe and of the variant
     gains = []
     for env_id, rows in full.groupby("env_id"):
         of_variant = variant[variant.env_id == env_id]

@@ -342,6 +342,10 @@ def test_effects_in_details_are_those_measured():
     unclipped = cheetah["no observation clipping"].tolist()
     assert unclipped == cheetah["recipe"].tolist()[:5] and len(cheetah["recipe"]) == 10
 
+    # The recipe's second five, on another processor
+    first, second = cheetah["recipe"].tolist()[:5], cheetah["recipe"].tolist()[5:]
+    assert min(first) <= min(second) and max(second) <= max(first)
+
     # Seeds that part without clipping of the ratio, and single ones far above the others
     recipe = sorted(round(x) for x in cheetah["recipe"])
     unclipped_ratio = sorted(round(x) for x in cheetah["no clipping of the ratio"])
