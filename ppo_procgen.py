@@ -19,8 +19,8 @@
     python ppo_procgen.py --env-id bossfight --distribution-mode hard --num-levels 500 --track
     python ppo_procgen.py --resume runs/starpilot__ppo_procgen__1__1790000000
 
-PPO is Schulman et al. (2017), arXiv:1707.06347. `# Detail N` marks details 1-12, 22, 30, 31, A1
-and A3 of Huang et al. (2022), "The 37 Implementation Details of Proximal Policy Optimization",
+PPO is Schulman et al. (2017), arXiv:1707.06347. `# Detail N` marks details 1-12, 22, 30, 31,
+A1-A3 of Huang et al. (2022), "The 37 Implementation Details of Proximal Policy Optimization",
 whose appendix is on Procgen; "baselines" is openai/baselines at commit ea25b9e. The engine is
 EnvPool's build of Procgen 0.10.7, https://github.com/openai/procgen.
 

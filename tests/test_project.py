@@ -68,6 +68,17 @@ def test_index_comments_and_tests_agree():
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
+def test_header_names_the_details_of_its_script(script):
+    """Fails when a script's first lines leave out a detail that it marks, or name another."""
+    text = " ".join(ast.get_docstring(ast.parse((ROOT / script).read_text())).split())
+    (named,) = re.findall(r"`# Detail N` marks details ([-, A\d]+) of Huang", text)
+    details = []
+    for letter, first, last in re.findall(r"(A?)(\d+)(?:-A?(\d+))?", named):
+        details += [f"{letter}{n}" for n in range(int(first), int(last or first) + 1)]
+    assert set(details) == set(dict(comments(script)))
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
 def test_script_metadata_equals_pyproject(script):
     """Fails when a pin is changed in one place only."""
     (block,) = re.findall(r"^# /// script\n(.*?)^# ///$", (ROOT / script).read_text(), re.M | re.S)
