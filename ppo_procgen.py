@@ -445,7 +445,8 @@ def make_envs(args: Args, video_dir: Path | None = None) -> gym.vector.VectorEnv
     games = sorted(game.lower() for game in games)
     if args.env_id not in games:
         refuse(f"--env-id {args.env_id}: is no game of Procgen; there are {', '.join(games)}")
-    return ScaleRewards(Games(args, video_dir), args.gamma)
+    # Baselines scales by returns discounted by 0.99, VecNormalize's default, not by PPO's 0.999.
+    return ScaleRewards(Games(args, video_dir), gamma=0.99)
 
 
 class Categorical:

@@ -342,14 +342,17 @@ def test_procgen_rewards_are_scaled_as_by_baselines():
 
 
 def test_procgen_statistics_are_those_of_experience(scripted_procgen, tmp_path):
-    """Fails when rows that only reset count, or when statistics are not saved or not restored."""
+    """Fails when rows that only reset count, or when statistics are not saved or not restored.
+
+    Or when the returns by which rewards are scaled are discounted by PPO's gamma.
+    """
     run_dir = train(ppo_procgen, tmp_path, gamma=0.9)
     rewards = Engine("ppo_procgen").rewards
     discounted, seen = np.zeros(3), []
     plans = [rows(plan, 24) for plan in Engine.plans]
     for t in range(24):
         experience = np.array([plan[t][0] for plan in plans])
-        discounted = discounted * 0.9 + rewards[t + 1] * experience
+        discounted = discounted * 0.99 + rewards[t + 1] * experience
         seen.extend(discounted[experience])
         discounted[[bool(plan[t][1]) for plan in plans]] = 0
     mean, var, count = load(run_dir)["envs"]["return"].values()
