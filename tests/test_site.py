@@ -303,6 +303,19 @@ def test_agents_are_not_mistaken_for_one_another(capsys):
 
 
 @pytest.mark.parametrize("width", [390, 1440])
+def test_films_in_tables_are_large_enough(width, browser, address):
+    """Fails when a table shrinks the agents at play, as it would on a narrow page."""
+    page = browser.new_page(viewport={"width": width, "height": 900})
+    for path in ("index.html", "agents.html"):
+        page.goto(f"{address}/{path}")
+        films = page.locator("td img").all()
+        assert len(films) >= 3, path
+        for film in films:
+            assert film.bounding_box()["width"] >= 120, path
+    page.close()
+
+
+@pytest.mark.parametrize("width", [390, 1440])
 def test_search_finds_a_detail(width, browser, address):
     """Fails when the search box does not lead from "gradient clipping" to detail 11."""
     page = browser.new_page(viewport={"width": width, "height": 900})
