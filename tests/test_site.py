@@ -304,7 +304,7 @@ def test_agents_are_not_mistaken_for_one_another(capsys):
 
 @pytest.mark.parametrize("width", [390, 1440])
 def test_films_in_tables_are_large_enough(width, browser, address):
-    """Fails when a table shrinks the agents at play, as it would on a narrow page."""
+    """Fails when long cells beside the agents at play shrink them."""
     page = browser.new_page(viewport={"width": width, "height": 900})
     for path in ("index.html", "agents.html"):
         page.goto(f"{address}/{path}")
