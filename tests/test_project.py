@@ -299,6 +299,43 @@ def test_pong_in_readme_is_as_fast_as_it_was():
     assert f"reached 18 {words[0]} with `--amp`, {words[1]} without" in readme
 
 
+def test_starpilot_in_readme_is_as_good_as_it_was():
+    """Fails when README's means of Starpilot are not those of the curves, ours and OpenAI's."""
+    readme = " ".join((ROOT / "README.md").read_text().split())
+    results = ROOT / "benchmark" / "results"
+    curves = pd.read_csv(results / "ppo_procgen_curves.csv")
+    older = pd.read_csv(results / "procgen_scaled_by_0999_curves.csv")
+    older = older[older.command.str.endswith("--amp")]
+    assert curves.seed.nunique() == older.seed.nunique() == 1  # README says: one seed each
+    assert curves.command.unique().tolist() == older.command.unique().tolist()
+
+    def mean_until(end: float, runs: pd.DataFrame, steps: str = "step") -> pd.Series:
+        return runs[runs[steps].between(2.6e6, end)].mean(numeric_only=True)
+
+    openai = pd.read_csv(ROOT / "benchmark" / "published_starpilot.csv")
+    run0, run1, run2 = mean_until(3e6, openai, "steps")[["run0", "run1", "run2"]]
+    ours = mean_until(3e6, curves).mean_return
+    last = curves[curves.step > 2.9e6].mean_return
+    assert f"from {last.min():.1f} to {last.max():.1f} within the last 100,000 steps" in readme
+    assert f"with 0.99 it is {ours:.1f} up to 3M steps, and OpenAI's three runs" in readme
+    assert f"have {run0:.1f}, {run1:.1f} and {run2:.1f} ([benchmark" in readme
+
+    run0, run1, run2 = mean_until(2.74e6, openai, "steps")[["run0", "run1", "run2"]]
+    ours = mean_until(2.74e6, curves).mean_return
+    before = mean_until(2.74e6, older).mean_return
+    assert f"it is {ours:.1f} with 0.99, {before:.1f} with 0.999, and theirs are " in readme
+    assert f"theirs are {run0:.1f}, {run1:.1f} and {run2:.1f}." in readme
+
+    # The same runs, of whose means published_results.csv has two points
+    published = pd.read_csv(ROOT / "benchmark" / "published_results.csv")
+    published = published[(published.env_id == "starpilot") & (published.by == "OpenAI")]
+    points = published.set_index("steps")["mean"]
+    means = openai.set_index("steps").mean(axis="columns")
+    both = points.index.intersection(means.index)
+    assert both.tolist() == [2_736_128, 2_998_272]
+    np.testing.assert_allclose(points[both], means[both], atol=0.001)
+
+
 def test_effects_in_details_are_those_measured():
     """Fails when docs/details.md's tables are not those of ablations.csv."""
     lines = pd.read_csv(ROOT / "benchmark" / "results" / "ablations.csv", dtype={"detail": str})
