@@ -317,14 +317,13 @@ def test_starpilot_in_readme_is_as_good_as_it_was():
     ours = mean_until(3e6, curves).mean_return
     last = curves[curves.step > 2.9e6].mean_return
     assert f"from {last.min():.1f} to {last.max():.1f} within the last 100,000 steps" in readme
-    assert f"with 0.99 it is {ours:.1f} up to 3M steps, and OpenAI's three runs" in readme
-    assert f"have {run0:.1f}, {run1:.1f} and {run2:.1f} ([benchmark" in readme
+    assert f"| 2.6M to 3M | {ours:.1f} | | {run0:.1f}, {run1:.1f}, {run2:.1f} |" in readme
 
     run0, run1, run2 = mean_until(2.74e6, openai, "steps")[["run0", "run1", "run2"]]
     ours = mean_until(2.74e6, curves).mean_return
     before = mean_until(2.74e6, older).mean_return
-    assert f"it is {ours:.1f} with 0.99, {before:.1f} with 0.999, and theirs are " in readme
-    assert f"theirs are {run0:.1f}, {run1:.1f} and {run2:.1f}." in readme
+    theirs = f"{run0:.1f}, {run1:.1f}, {run2:.1f}"
+    assert f"| 2.6M to 2.74M | {ours:.1f} | {before:.1f} | {theirs} |" in readme
 
     # The same runs, of whose means published_results.csv has two points
     published = pd.read_csv(ROOT / "benchmark" / "published_results.csv")
