@@ -309,17 +309,17 @@ def test_starpilot_in_readme_is_as_good_as_it_was():
     assert curves.seed.nunique() == older.seed.nunique() == 1  # README says: one seed each
     assert curves.command.unique().tolist() == older.command.unique().tolist()
 
-    def mean_until(end: float, runs: pd.DataFrame, steps: str = "step") -> pd.Series:
-        return runs[runs[steps].between(2.6e6, end)].mean(numeric_only=True)
+    def mean_until(end: float, runs: pd.DataFrame) -> pd.Series:
+        return runs[runs.step.between(2.6e6, end)].mean(numeric_only=True)
 
     openai = pd.read_csv(ROOT / "benchmark" / "published_starpilot.csv")
-    run0, run1, run2 = mean_until(3e6, openai, "steps")[["run0", "run1", "run2"]]
+    run0, run1, run2 = mean_until(3e6, openai)[["run0", "run1", "run2"]]
     ours = mean_until(3e6, curves).mean_return
     last = curves[curves.step > 2.9e6].mean_return
     assert f"from {last.min():.1f} to {last.max():.1f} within the last 100,000 steps" in readme
     assert f"| 2.6M to 3M | {ours:.1f} | | {run0:.1f}, {run1:.1f}, {run2:.1f} |" in readme
 
-    run0, run1, run2 = mean_until(2.74e6, openai, "steps")[["run0", "run1", "run2"]]
+    run0, run1, run2 = mean_until(2.74e6, openai)[["run0", "run1", "run2"]]
     ours = mean_until(2.74e6, curves).mean_return
     before = mean_until(2.74e6, older).mean_return
     theirs = f"{run0:.1f}, {run1:.1f}, {run2:.1f}"
@@ -329,7 +329,7 @@ def test_starpilot_in_readme_is_as_good_as_it_was():
     published = pd.read_csv(ROOT / "benchmark" / "published_results.csv")
     published = published[(published.env_id == "starpilot") & (published.by == "OpenAI")]
     points = published.set_index("steps")["mean"]
-    means = openai.set_index("steps").mean(axis="columns")
+    means = openai.set_index("step").mean(axis="columns")
     both = points.index.intersection(means.index)
     assert both.tolist() == [2_736_128, 2_998_272]
     np.testing.assert_allclose(points[both], means[both], atol=0.001)
