@@ -4,7 +4,6 @@ import copy
 import itertools
 import random
 import resource
-import shutil
 import signal
 import subprocess
 import sys
@@ -272,7 +271,8 @@ def test_a_folder_that_is_gone(tmp_path):
     process = start("ppo.py", "--total-timesteps", 100_000_000, cwd=tmp_path)
     wait_until(lambda: list(tmp_path.glob("runs/*/checkpoint.pt")) or process.poll() is not None)
     time.sleep(1)
-    shutil.rmtree(tmp_path / "runs")
+    # Moved, since the run could put a file into a folder while its content is being deleted
+    (tmp_path / "runs").rename(tmp_path / "elsewhere")
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == 1
     lines = [line for line in stderr.splitlines() if "steps/s" not in line]
