@@ -454,14 +454,21 @@ def test_effects_told_in_words_were_measured():
     assert worse(lander) - {trunk, minibatch} == {unclipped, one}
     assert round(end[unclipped][lander]["change"], 2) == -0.43
     assert round(end[one][lander]["change"], 2) == -0.20
+    assert -0.02 < end[one][lander]["high"] < 0
     assert {change[lander]["seeds"] for change in end.values()} == {10}
+
+    # Early stopping stopped nothing
+    lines = pd.read_csv(ROOT / "benchmark" / "results" / "ablations.csv", dtype={"detail": str})
+    lines = lines[lines.env_id == lander].set_index(["detail", "seed"])
+    assert lines.loc["A3"].mean_return.equals(lines.loc["full"].mean_return)
+    assert lines.machine.groupby(lines.index.get_level_values("seed") > 5).nunique().eq(1).all()
 
     # What the first five seeds showed, and ten do not
     text = " ".join((ROOT / "docs" / "details.md").read_text().split())
     first_five = find_effects("classic", "mean_return", num_seeds=5)
     entropy, annealed = "10: no entropy bonus", "A1: clip range annealed"
     for label in (entropy, annealed):
-        assert first_five[label][lander]["sign"] == -1 and end[label][lander]["sign"] == 0
+        assert first_five[label][lander]["sign"] == -1 and 0 <= end[label][lander]["high"] < 0.02
     for effects, words in (
         (first_five, "the first five showed {} without the entropy bonus and {} with the clip"),
         (end, "ten show {} and {}."),
