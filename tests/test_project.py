@@ -455,13 +455,30 @@ def test_effects_told_in_words_were_measured():
     assert round(end[unclipped][lander]["change"], 2) == -0.43
     assert round(end[one][lander]["change"], 2) == -0.20
     assert -0.02 < end[one][lander]["high"] < 0
-    assert {change[lander]["seeds"] for change in end.values()} == {10}
+    for env_id, num_seeds in ((cart, 10), (acro, 5), (lander, 10)):
+        assert {change[env_id]["seeds"] for change in end.values()} == {num_seeds}
 
-    # Early stopping stopped nothing
+    # Early stopping stopped nothing on LunarLander
     lines = pd.read_csv(ROOT / "benchmark" / "results" / "ablations.csv", dtype={"detail": str})
-    lines = lines[lines.env_id == lander].set_index(["detail", "seed"])
-    assert lines.loc["A3"].mean_return.equals(lines.loc["full"].mean_return)
-    assert lines.machine.groupby(lines.index.get_level_values("seed") > 5).nunique().eq(1).all()
+    of_lander = lines[lines.env_id == lander].set_index(["detail", "seed"])
+    assert of_lander.loc["A3"].mean_return.equals(of_lander.loc["full"].mean_return)
+
+    # Two processors
+    for env_id in (cart, lander):
+        of_task = lines[lines.env_id == env_id]
+        assert of_task.groupby(of_task.seed > 5).machine.nunique().eq(1).all()
+        assert of_task.machine.nunique() == 2
+
+    # Single seeds of CartPole that fail
+    returns = lines[lines.env_id == cart].set_index("variant").mean_return
+    assert 487.5 < returns["recipe"].min() < 488.5
+    for variant, num_failed in (
+        ("no value clipping", 2),
+        ("no gradient clipping", 1),
+        ("epsilon as in TensorFlow", 1),
+    ):
+        seeds = returns[variant].sort_values().tolist()
+        assert seeds[num_failed - 1] < 300 and seeds[num_failed] > 460, variant
 
     # What the first five seeds showed, and ten do not
     text = " ".join((ROOT / "docs" / "details.md").read_text().split())
@@ -481,8 +498,14 @@ def test_effects_told_in_words_were_measured():
         assert words.format(*numbers) in text
 
     normalisation = "7: no advantage normalisation"
-    assert round(end[normalisation][cart]["change"], 2) == -0.03
-    assert normalisation in worse(cart)
+    for effects, words in (
+        (first_five, "CartPole's first five showed {} % ({} to {}) without advantage"),
+        (end, "ten show {} % ({} to {}). And another task"),
+    ):
+        change = effects[normalisation][cart]
+        percent = [ablations.in_percent(change[part]) for part in ("change", "low", "high")]
+        assert words.format(*percent) in text
+    assert first_five[normalisation][cart]["sign"] == -1 and end[normalisation][cart]["sign"] == 0
     assert throughout["5: lambda 1"][acro]["sign"] == -1
     assert throughout[normalisation][lander]["sign"] == 1
     assert end[normalisation][lander]["sign"] == end["5: lambda 1"][lander]["sign"] == 0
@@ -494,6 +517,10 @@ def test_effects_told_in_words_were_measured():
     assert signs("5: lambda 0") == [-1, 1, 1]
     assert signs("2: initialisation of PyTorch") == [-1, 0, 0]
     assert signs("9: no value clipping") == [0, 1, 0]
+    assert end[annealed][cart]["sign"] == -1 and round(end[annealed][cart]["change"], 2) == -0.02
+    replaced = throughout["6: samples drawn with replacement"][cart]
+    assert replaced["sign"] == -1 and round(replaced["change"], 2) == -0.03
+    assert -0.005 < end[annealed][cart]["high"] < 0 and -0.005 < replaced["high"] < 0
     apart = "11: each network clipped by itself"
     assert signs(apart) == [1, 0, 1] and end[apart][lander]["sign"] == 1
     assert round(end[apart][lander]["change"], 2) == 0.20
