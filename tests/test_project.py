@@ -299,6 +299,21 @@ def test_pong_in_readme_is_as_fast_as_it_was():
     assert f"reached 18 {words[0]} with `--amp`, {words[1]} without" in readme
 
 
+def test_breakout_in_readme_is_as_good_as_it_was():
+    """Fails when README's means of Breakout with and without --amp are not those of the curves."""
+    curves = pd.read_csv(ROOT / "benchmark" / "results" / "ppo_atari_envpool_curves.csv")
+    readme = " ".join((ROOT / "README.md").read_text().split())
+    half = curves.command.str.endswith("--amp")
+    assert curves[half].seed.nunique() == curves[~half].seed.nunique() == 1  # README: one seed each
+    assert curves[half].steps.unique() == [9_999_360]
+    assert curves[~half].steps.unique() == [6_182_912]
+    with_amp, without = (
+        curve[curve.step.between(5.2e6, 6.2e6)].mean_return.mean()
+        for curve in (curves[half], curves[~half])
+    )
+    assert f"was {with_amp:.0f} with `--amp` and {without:.0f} without" in readme
+
+
 def test_starpilot_in_readme_is_as_good_as_it_was():
     """Fails when README's means of Starpilot are not those of the curves, ours and OpenAI's."""
     readme = " ".join((ROOT / "README.md").read_text().split())

@@ -62,7 +62,7 @@ ALL = {
         "ppo_continuous_action.py", frames=80, fps=20, width=240, camera="track"
     ),
     "MicrortsMining-v1": Agent("ppo_multidiscrete_mask.py", frames=200),
-    "Breakout-v5": Agent("ppo_atari_envpool.py", frames=400, small=False),
+    "Breakout-v5": Agent("ppo_atari_envpool.py", frames=600, every=3, small=False),
     "Pong-v5": Agent("ppo_atari_envpool.py", frames=200, small=False),
     "starpilot": Agent("ppo_procgen.py", frames=150, fps=15, small=False),
 }
