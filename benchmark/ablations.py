@@ -728,8 +728,8 @@ def plot(parts: dict[str, pd.DataFrame], title: str, path: Path) -> None:
 
 
 def in_percent(part: float) -> str:
-    """-> "+3", "-52"; what rounds to nothing is "+0"."""
-    return f"{round(100 * part):+d}"
+    """-> "+3", "-52"; "-0" is less than nothing, but not by half a percent."""
+    return f"{100 * part:+.0f}"
 
 
 def place(variant: Variant) -> tuple:

@@ -344,6 +344,12 @@ def test_table_of_effects():
     assert cells[1][1] == "-25 %, 1 seed" and cells[2][1] == "+0 %, 2 seeds"
 
 
+def test_small_changes_keep_their_sign():
+    """Fails when a loss of less than half a percent is told as a gain."""
+    changes = [0.03, 0.004, 0.0, -0.004, -0.52]
+    assert [ablations.in_percent(change) for change in changes] == ["+3", "+0", "+0", "-0", "-52"]
+
+
 def test_figure(tmp_path, monkeypatch):
     """Fails when a variant has no line in each panel, the greatest loss is not at the top, or a
     colour says more than an interval."""
