@@ -402,6 +402,19 @@ def test_effects_in_details_are_those_measured():
     halfway = curves[curves.step.between(495_000, 505_000)]
     assert halfway.seed.nunique() == 3 and halfway.mean_return.between(39, 40).all()
 
+    # One seed each of another task
+    combat = pd.read_csv(results / "combat" / "ablations.csv").set_index("variant")
+    assert combat.seed.unique().tolist() == [1] and combat.index.is_unique
+    variants = ablations.DOMAINS["microrts"].variants
+    assert set(combat.index) == {variant.name for variant in variants}
+    found = combat.mean_return > 20
+    others = combat.mean_return[~found]
+    ends = [combat.mean_return[found].min(), combat.mean_return[found].max()]
+    assert (len(combat), found.sum(), len(others)) == (21, 12, 9)
+    assert 24 < ends[0] < 25 and round(ends[1]) == 40
+    assert (round(others.min()), round(others.max())) == (1, 15)
+    assert found["recipe"] and not found["lambda 0"]
+
     cheetah = returns["HalfCheetah-v4"]
     unclipped = cheetah["no observation clipping"].tolist()
     assert unclipped == cheetah["recipe"].tolist()[:5] and len(cheetah["recipe"]) == 10
