@@ -728,7 +728,7 @@ def plot(parts: dict[str, pd.DataFrame], title: str, path: Path) -> None:
 
 
 def in_percent(part: float) -> str:
-    """-> "+3", "-52"; "-0" is less than nothing, but not by half a percent."""
+    """-> "+3", "-52"; "-0" is a loss of less than half a percent."""
     return f"{100 * part:+.0f}"
 
 
