@@ -33,6 +33,7 @@ import functools
 import re
 import signal
 import sys
+import textwrap
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -838,6 +839,13 @@ def describe_cell(row: pd.Series) -> tuple[str, tuple]:
     return f"{in_percent(row.low)} to {in_percent(row.high)}", to_rgba("white")
 
 
+def break_name(env_id: str) -> str:
+    """-> the name in lines as short as a column of an overview, broken before capital letters."""
+    words = re.sub("(?<=[a-z])(?=[A-Z])", " ", env_id)
+    lines = textwrap.wrap(words, 16, break_on_hyphens=False)
+    return "\n".join(line.replace(" ", "") for line in lines)
+
+
 def plot_overview(rows: pd.DataFrame, title: str, path: Path) -> None:
     """Draws rows of find_overview as a matrix: a line for each variant, a column for each task."""
     labels = rows.label.unique().tolist()
@@ -864,7 +872,7 @@ def plot_overview(rows: pd.DataFrame, title: str, path: Path) -> None:
     panel.imshow(colors, aspect="auto")
 
     panel.xaxis.tick_top()
-    panel.set_xticks(range(len(env_ids)), env_ids, fontsize="small")
+    panel.set_xticks(range(len(env_ids)), map(break_name, env_ids), fontsize="small")
     panel.set_yticks(range(len(labels)), labels, fontsize="small")
     panel.tick_params(length=0)
     panel.set_xticks(np.arange(len(env_ids) - 1) + 0.5, minor=True)

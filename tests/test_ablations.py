@@ -440,3 +440,12 @@ def test_overview(tmp_path, monkeypatch):
     for line, column in ((0, 1), (1, 0), (1, 1), (2, 0), (3, 1)):  # undecided or not measured
         assert tuple(colors[line, column]) == white
     assert grey[0] == grey[1] == grey[2] < 1
+
+
+def test_names_do_not_overlap_in_an_overview():
+    """Fails when the name of an environment is wider than its column, or not whole."""
+    for domain in ablations.DOMAINS.values():
+        for env_id in domain.env_ids:
+            lines = ablations.break_name(env_id).split("\n")
+            assert max(map(len, lines)) <= 16 and "".join(lines) == env_id
+    assert ablations.break_name("MicrortsMining-v1") == "Microrts\nMining-v1"

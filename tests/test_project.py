@@ -402,18 +402,30 @@ def test_effects_in_details_are_those_measured():
     halfway = curves[curves.step.between(495_000, 505_000)]
     assert halfway.seed.nunique() == 3 and halfway.mean_return.between(39, 40).all()
 
-    # One seed each of another task
-    combat = pd.read_csv(results / "combat" / "ablations.csv").set_index("variant")
-    assert combat.seed.unique().tolist() == [1] and combat.index.is_unique
-    variants = ablations.DOMAINS["microrts"].variants
-    assert set(combat.index) == {variant.name for variant in variants}
-    found = combat.mean_return > 20
-    others = combat.mean_return[~found]
-    ends = [combat.mean_return[found].min(), combat.mean_return[found].max()]
-    assert (len(combat), found.sum(), len(others)) == (21, 12, 9)
-    assert 24 < ends[0] < 25 and round(ends[1]) == 40
-    assert (round(others.min()), round(others.max())) == (1, 15)
-    assert found["recipe"] and not found["lambda 0"]
+    combat = returns["MicrortsProduceCombatUnitsShapedReward-v1"]
+    ends = combat.groupby("variant").agg(lambda seeds: [round(x) for x in sorted(seeds)])
+    assert (ends["recipe"][0], ends["recipe"][-1]) == (33, 40)
+    assert combat["initialisation of PyTorch"].max() < 8
+    assert combat["no advantage normalisation"].max() < 8
+    for variant, lowest, highest_but_one, highest in (
+        ("no clipping of the ratio", 5, 15, 38),
+        ("lambda 0", 2, 2, 26),
+    ):
+        seeds = ends[variant]
+        assert (seeds[0], seeds[3], seeds[4]) == (lowest, highest_but_one, highest), variant
+    replacement = ends["samples drawn with replacement"]
+    assert (replacement[0], replacement[-1]) == (12, 39)
+    annealed = ends["clip range annealed"]
+    assert (annealed[0], annealed[2]) == (8, 14) and annealed[3] > 30
+    constant = ends["constant learning rate"]
+    assert (constant[0], constant[-1]) == (39, 43)
+    for variant, failed in (
+        ("no gradient clipping", [9, 12]),
+        ("normalised over the rollout", [14, 14]),
+    ):
+        assert ends[variant][:2] == failed, variant
+        assert set(ends[variant][2:]) <= {39, 40}, variant
+    assert combat["early stopping on KL"].tolist() == combat["recipe"].tolist()
 
     cheetah = returns["HalfCheetah-v4"]
     unclipped = cheetah["no observation clipping"].tolist()
@@ -627,9 +639,10 @@ def test_effects_told_in_words_were_measured():
     alone, four = cheetah["28: no observation normalisation"], cheetah["28-31: none of the four"]
     assert abs(four["change"] - alone["change"]) < 0.05 and four["seeds"] >= 5
 
-    def labels_with_sign(effects, sign):
-        mining = {label: change["MicrortsMining-v1"] for label, change in effects.items()}
-        return {label for label, change in mining.items() if change["sign"] == sign}
+    mining, combat = "MicrortsMining-v1", "MicrortsProduceCombatUnitsShapedReward-v1"
+
+    def labels_with_sign(effects, sign, env_id=mining):
+        return {label for label, change in effects.items() if change[env_id]["sign"] == sign}
 
     end = find_effects("microrts", "mean_return")
     six_lower = {
@@ -672,3 +685,33 @@ def test_effects_told_in_words_were_measured():
     assert {"2: initialisation of PyTorch", "6: samples drawn with replacement"} <= slower
     faster = labels_with_sign(throughout, 1)
     assert {"5: lambda 0", "time limits: bootstrapped"} <= faster
+
+    lost = {
+        "2: initialisation of PyTorch",
+        "5: lambda 1",
+        "5: lambda 0",
+        "6: one minibatch",
+        "7: no advantage normalisation",
+        "8: no clipping of the ratio",
+        "A4: no mask",
+    }
+    just = {"6: samples drawn with replacement", "A1: clip range annealed"}
+    assert labels_with_sign(end, -1, combat) == lost | just
+    assert labels_with_sign(end, 1, combat) == {"4: constant learning rate"}
+    assert all(end[label][combat]["change"] < -0.7 for label in lost)
+    assert all(-0.01 < end[label][combat]["high"] < 0 for label in just)
+    for label in ("5: lambda 1", "6: one minibatch"):
+        assert -0.92 < end[label][combat]["change"] < -0.86, label
+    assert round(end["A4: no mask"][combat]["change"], 2) == -1
+    undecided = (
+        "1: one environment",
+        "3: epsilon 1e-8",
+        "3: epsilon as in TensorFlow",
+        "9: no value clipping",
+        "10: no entropy bonus",
+        "time limits: bootstrapped",
+        "half precision: bfloat16",
+    )
+    for label in undecided:
+        change = end[label][combat]
+        assert max(-change["low"], change["high"]) > 0.1, label
