@@ -840,7 +840,7 @@ def describe_cell(row: pd.Series) -> tuple[str, tuple]:
 
 
 def break_name(env_id: str) -> str:
-    """-> the name in lines as short as a column of an overview, broken before capital letters."""
+    """-> the name in lines of up to 16 letters, an overview's column; broken before capitals."""
     words = re.sub("(?<=[a-z])(?=[A-Z])", " ", env_id)
     lines = textwrap.wrap(words, 16, break_on_hyphens=False)
     return "\n".join(line.replace(" ", "") for line in lines)
@@ -872,7 +872,7 @@ def plot_overview(rows: pd.DataFrame, title: str, path: Path) -> None:
     panel.imshow(colors, aspect="auto")
 
     panel.xaxis.tick_top()
-    panel.set_xticks(range(len(env_ids)), map(break_name, env_ids), fontsize="small")
+    panel.set_xticks(range(len(env_ids)), list(map(break_name, env_ids)), fontsize="small")
     panel.set_yticks(range(len(labels)), labels, fontsize="small")
     panel.tick_params(length=0)
     panel.set_xticks(np.arange(len(env_ids) - 1) + 0.5, minor=True)
