@@ -20,6 +20,7 @@ from conftest import ROOT, load, train_in
 from run import load_script
 
 VARIANTS = [variant for domain in DOMAINS.values() for variant in domain.variants]
+FLAGS_OF_ALL = {v.script: domain.flags for domain in DOMAINS.values() for v in domain.variants}
 
 # Large steps, so that what is clipped goes beyond its range at once
 TINY = dict(
@@ -102,7 +103,8 @@ def originals(tmp_path_factory):
     @functools.cache
     def train_original(script: str, env_id: str) -> dict[str, torch.Tensor]:
         module = importlib.import_module(script.removesuffix(".py"))
-        return train(module, "", env_id, tmp_path_factory.mktemp("original") / "run")
+        folder = tmp_path_factory.mktemp("original")
+        return train(module, FLAGS_OF_ALL[script], env_id, folder / "run")
 
     return train_original
 
@@ -123,7 +125,8 @@ def test_a_variant_trains_otherwise_than_its_script(variant, originals, tmp_path
     monkeypatch.chdir(tmp_path)
     ablations.write_copy(variant)
     copy = load_script(str(variant.copy))
-    weights = train(copy, variant.flags, env_id, tmp_path / "variant")
+    flags = f"{FLAGS_OF_ALL[variant.script]} {variant.flags}"
+    weights = train(copy, flags, env_id, tmp_path / "variant")
     is_recipe = variant.detail == "full"
     assert equal(weights, originals(variant.script, env_id)) == is_recipe
 
@@ -135,6 +138,20 @@ def test_edited_lines_are_in_the_script_once(variant):
     for old, new in variant.edits:
         assert source.count(old) == 1 and new != old, old
     compile(ablations.edit(variant), variant.slug, "exec")
+
+
+def test_flags_of_a_domain_come_before_those_of_a_variant(tmp_path, monkeypatch, capsys):
+    """Fails when a run is trained without its domain's flags, or they win over a variant's."""
+    args = ablations.Args(domain="atari", variants=["half-precision-float32"], list=True)
+    variants = ablations.choose_variants(args)
+    monkeypatch.chdir(tmp_path)
+    for variant in variants:
+        ablations.write_copy(variant)
+    jobs = ablations.make_jobs(variants, args)
+    assert [variant.detail for variant, _ in jobs] == ["full", "half precision"]
+    assert [job.args["amp"] for _, job in jobs] == [True, False]
+    assert ablations.main(args) == 0
+    assert "every run, before its own flags: --amp\n" in capsys.readouterr().out
 
 
 def test_an_edit_that_does_not_fit_is_refused(capsys):
