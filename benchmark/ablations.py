@@ -18,7 +18,8 @@ Their names have the environments in place of the domain where --env-ids names t
 ended early because its weights became NaN or infinite counts with its last return; the column
 `note` says so. What --details draws of all domains is ablations_overview.png, and
 ablations_overview_throughout.png. Columns of ablations.csv: mean_return is that of the last 100
-episodes, auc its mean over the whole training, first_return its first value.
+episodes, auc its mean over the whole training, first_return its first value, env_id the name that
+was asked for, also where EnvPool has another.
 
 The worth of a detail is the change of the interquartile mean (IQM) over seeds against the full
 recipe of the same script. The unit is what the full recipe gained from its first_return to its
@@ -502,6 +503,11 @@ def make_jobs(variants: list[Variant], args: Args) -> list[tuple[Variant, Job]]:
     return jobs
 
 
+def get_env_id(job: Job) -> str:
+    """-> the environment as it was asked for; EnvPool's script calls a game by another name."""
+    return job.command[job.command.index("--env-id") + 1]
+
+
 def find_result(job: Job) -> tuple[Path | None, str]:
     """-> the run if it has come to an end, and a note if it was an early one."""
     run_dir, finished = job.find_run()
@@ -530,7 +536,7 @@ def leave_out_reported(jobs: list[tuple[Variant, Job]], args: Args) -> list[tupl
 
     rest = []
     for variant, job in jobs:
-        run = (job.args["env_id"], job.args["seed"], job.args["total_timesteps"])
+        run = (get_env_id(job), job.args["seed"], job.args["total_timesteps"])
         if (variant.script, variant.detail, variant.name, *run) not in reported:
             rest.append((variant, job))
     return rest
@@ -572,7 +578,7 @@ def collect(jobs: list[tuple[Variant, Job]], args: Args) -> pd.DataFrame:
         row = {
             "domain": args.domain,
             "script": variant.script,
-            "env_id": run["env_id"],
+            "env_id": get_env_id(job),
             "detail": variant.detail,
             "variant": variant.name,
             "seed": run["seed"],
@@ -800,8 +806,10 @@ def make_effects(lines: pd.DataFrame) -> str:
     parts = []
     for name, at_the_end in find_measured(lines).items():
         domain = DOMAINS[name]
-        scripts = list(dict.fromkeys(f"`{variant.script}`" for variant in domain.variants))
+        scripts = [f"`{script}`" for script in sorted(at_the_end.script.unique())]
         of = scripts[0] if len(scripts) == 1 else f"{', '.join(scripts[:-1])} and {scripts[-1]}"
+        if domain.flags:
+            of += f" with `{domain.flags}`"
 
         throughout = at_the_end.assign(mean_return=at_the_end.auc)
         parts.append(f"**{name}**, {of}, the return after {domain.total_timesteps:,} steps:\n\n")
@@ -921,12 +929,13 @@ def write_details(args: Args) -> None:
 
 
 def describe(lines: pd.DataFrame, args: Args) -> str:
-    """-> the second line of a figure's title: domain, steps, seeds."""
+    """-> the second line of a figure's title: domain, its flags, steps, seeds."""
     seeds = lines.groupby(["script", "detail", "variant", "env_id"]).size()
     count = f"{seeds.min()} to {seeds.max()} seeds"
     if seeds.min() == seeds.max():
         count = "1 seed" if seeds.max() == 1 else f"{seeds.max()} seeds"
-    return f"{args.domain}, {args.total_timesteps:,} steps, {count}"
+    name = f"{args.domain} {DOMAINS[args.domain].flags}".strip()
+    return f"{name}, {args.total_timesteps:,} steps, {count}"
 
 
 def write_report(jobs: list[tuple[Variant, Job]], args: Args) -> None:
@@ -934,7 +943,7 @@ def write_report(jobs: list[tuple[Variant, Job]], args: Args) -> None:
     lines = collect(jobs, args)
     wanted = []
     for variant, job in jobs:
-        wanted.append((variant.script, variant.detail, variant.name, job.args["env_id"]))
+        wanted.append((variant.script, variant.detail, variant.name, get_env_id(job)))
     columns = ["script", "detail", "variant", "env_id"]
     wanted = pd.DataFrame(wanted, columns=columns).drop_duplicates()
 

@@ -260,6 +260,39 @@ def test_trains_reports_and_trains_nothing_twice(tmp_path, monkeypatch, capsys):
     assert len(pd.read_csv(tmp_path / "out" / "ablations.csv")) == 8
 
 
+def test_a_game_of_envpool_is_reported_by_the_name_it_was_asked_for(tmp_path, monkeypatch, capsys):
+    """Fails when Breakout-v5, which EnvPool calls it, is in no figure and table of Atari, or its
+    runs are trained again."""
+    monkeypatch.chdir(tmp_path)
+    args = ablations.Args(
+        domain="atari",
+        variants=["half-precision-float32"],
+        total_timesteps=2048,
+        save=tmp_path / "out",
+    )
+    assert ablations.main(args) == 0
+    path = tmp_path / "out" / "ablations.csv"
+    lines = pd.read_csv(path, dtype={"detail": str})
+    assert lines.detail.tolist() == ["full", "half precision"]
+    assert lines.env_id.tolist() == 2 * ["BreakoutNoFrameskip-v4"]
+    assert lines.run.str.startswith("Breakout-v5__").all()
+    assert lines.command.str.contains("--amp").tolist() == [True, False]
+
+    # As if they had learned
+    lines = lines.assign(first_return=0, mean_return=[4, 2], auc=[2, 2])
+    lines.to_csv(path, index=False)
+    shutil.rmtree(tmp_path / "runs")
+    capsys.readouterr()
+    assert ablations.main(args) == 0
+    assert "2 runs, of which 2 are finished" in capsys.readouterr().out
+    figures = sorted(path.name for path in (tmp_path / "out").glob("*.png"))
+    assert figures == ["ablations_atari.png", "ablations_atari_throughout.png"]
+    effects = ablations.make_effects(lines.assign(total_timesteps=1_000_000))
+    assert "**atari**, `ppo_atari_envpool.py` with `--amp`, the return after 1,000,000" in effects
+    row = "| half precision: float32 (`ppo_atari_envpool.py`) | {} %, 1 seed |"
+    assert row.format(-50) in effects and row.format("+0") in effects
+
+
 def test_a_run_that_became_nan_counts(tmp_path, monkeypatch):
     """Fails when a variant that diverges is trained for ever, or only its lucky seeds count."""
     monkeypatch.chdir(tmp_path)
