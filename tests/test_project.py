@@ -475,6 +475,35 @@ def find_effects(
     return effects
 
 
+def test_effects_of_atari_told_in_words_were_measured():
+    """Fails when details.md has runs of Breakout end at other points than ablations.csv."""
+    results = ROOT / "benchmark" / "results"
+    lines = pd.read_csv(results / "ablations.csv", dtype={"detail": str})
+    lines = lines[lines.domain == "atari"]
+    assert lines.seed.unique() == [1] and lines.total_timesteps.unique() == [1_000_000]
+    ends = lines.set_index("detail").mean_return
+    assert set(ends.index) == {"full", "16", "17", "19", "20", "21", "22"}
+
+    alike = []
+    for name in ("ppo_atari_envpool", "ppo_atari"):
+        curves = pd.read_csv(results / f"{name}_curves.csv")
+        assert curves.seed.unique() == [1]
+        for _, curve in curves.groupby("command"):
+            alike.append(curve[curve.step <= 1_000_000].mean_return.iloc[-1])
+    assert len(alike) == 3
+    lowest, middle, highest = sorted(alike)
+
+    text = " ".join((ROOT / "docs" / "details.md").read_text().split())
+    assert f"The recipe's run ends at {ends['full']:.0f} points. Three trainings" in text
+    assert f"have {lowest:.0f}, {middle:.0f} and {highest:.0f} after 1,000,000." in text
+    words = "(16) at {:.0f}, with one frame (20) at {:.0f}, without FIRE (17) and with raw rewards"
+    assert words.format(ends["16"], ends["20"]) in text
+    assert f"{ends['17']:.0f}" == f"{ends['19']:.0f}"
+    words = "(19) at {:.0f}, with separate networks (21) at {:.0f}. None"
+    assert words.format(ends["19"], ends["21"]) in text
+    assert f"with images that are not scaled (22) at {ends['22']:.0f}." in text
+
+
 def test_effects_told_in_words_were_measured():
     """Fails when ablations.csv no longer has the effects that details.md and README.md tell."""
     env_ids = cart, acro, lander = "CartPole-v1", "Acrobot-v1", "LunarLander-v3"
