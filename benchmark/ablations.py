@@ -389,7 +389,7 @@ DOMAINS = {
         total_timesteps=500_000,
         num_seeds=5,
     ),
-    # In bfloat16 a training on two cores takes two thirds of the time
+    # In bfloat16, which is faster: by how much on one machine is in README.md's table of speeds
     "atari": Domain(
         [
             recipe(ENVPOOL),

@@ -494,14 +494,19 @@ def test_effects_of_atari_told_in_words_were_measured():
     lowest, middle, highest = sorted(alike)
 
     text = " ".join((ROOT / "docs" / "details.md").read_text().split())
-    assert f"The recipe's run ends at {ends['full']:.0f} points. Three trainings" in text
-    assert f"have {lowest:.0f}, {middle:.0f} and {highest:.0f} after 1,000,000." in text
+    changes = ends.drop("full") - ends["full"]
+    assert changes.index[changes > 0].tolist() == ["22"]
+    words = "The recipe's run ends at {:.0f} points, the variants' end {:.0f} to {:.0f} points from it."
+    assert words.format(ends["full"], changes.abs().min(), changes.abs().max()) in text
+    assert f"they have {lowest:.0f}, {middle:.0f} and {highest:.0f}." in text
     words = "(16) at {:.0f}, with one frame (20) at {:.0f}, without FIRE (17) and with raw rewards"
     assert words.format(ends["16"], ends["20"]) in text
     assert f"{ends['17']:.0f}" == f"{ends['19']:.0f}"
     words = "(19) at {:.0f}, with separate networks (21) at {:.0f}. None"
     assert words.format(ends["19"], ends["21"]) in text
     assert f"with images that are not scaled (22) at {ends['22']:.0f}." in text
+    readme = " ".join((ROOT / "README.md").read_text().split())
+    assert "of Atari six (16, 17, 19 to 22) on Breakout, with one seed and a tenth" in readme
 
 
 def test_effects_told_in_words_were_measured():
