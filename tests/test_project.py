@@ -496,7 +496,9 @@ def test_effects_of_atari_told_in_words_were_measured():
     text = " ".join((ROOT / "docs" / "details.md").read_text().split())
     changes = ends.drop("full") - ends["full"]
     assert changes.index[changes > 0].tolist() == ["22"]
-    words = "The recipe's run ends at {:.0f} points, the variants' end {:.0f} to {:.0f} points from it."
+    words = (
+        "recipe's run ends at {:.0f} points, those of the variants {:.0f} to {:.0f} points from it."
+    )
     assert words.format(ends["full"], changes.abs().min(), changes.abs().max()) in text
     assert f"they have {lowest:.0f}, {middle:.0f} and {highest:.0f}." in text
     words = "(16) at {:.0f}, with one frame (20) at {:.0f}, without FIRE (17) and with raw rewards"
