@@ -203,8 +203,8 @@ class Args:
 
         if self.num_envs % self.num_minibatches != 0:
             refuse(
-                f"--num-minibatches {self.num_minibatches}: must divide --num-envs "
-                f"{self.num_envs}, because a minibatch holds whole environments"
+                f"--num-minibatches {self.num_minibatches}: must divide a process's environments, "
+                f"{self.num_envs}, because a minibatch holds whole ones"
             )
         if self.compile and shutil.which(os.environ.get("CXX", "g++")) is None:
             refuse("--compile: needs a C++ compiler; install g++, or name yours in CXX")
@@ -668,6 +668,7 @@ def join_processes(args: Args):
         if args.num_envs % num_processes != 0:
             what = "must be a multiple of the number of processes"
             refuse(f"--num-envs {args.num_envs}: {what}, {num_processes}")
+        divide(args)  # refuses minibatches that a process cannot have
         yield
     finally:
         dist.destroy_process_group()

@@ -716,6 +716,7 @@ def join_processes(args: Args):
         if args.num_envs % num_processes != 0:
             what = "must be a multiple of the number of processes"
             refuse(f"--num-envs {args.num_envs}: {what}, {num_processes}")
+        divide(args)  # refuses minibatches that a process cannot have
         yield
     finally:
         dist.destroy_process_group()

@@ -328,8 +328,8 @@ def test_same_seed_same_weights(lstm, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("args", "words"),
     [
-        (["--num-minibatches", "3"], ["--num-minibatches 3", "--num-envs 8"]),
-        (["--num-envs", "2"], ["--num-minibatches 4", "--num-envs 2"]),
+        (["--num-minibatches", "3"], ["--num-minibatches 3", "environments, 8"]),
+        (["--num-envs", "2"], ["--num-minibatches 4", "environments, 2"]),
         (["--env-id", "CartPole-v1"], ["CartPole-v1", "BreakoutNoFrameskip-v4"]),
     ],
     ids=" ".join,

@@ -238,12 +238,28 @@ for name in Path("/proc/self/task").glob("*/comm"):
     assert "thread" in stdout and "gloo" not in stdout
 
 
-def test_a_number_that_does_not_divide(tmp_path):
+@pytest.mark.parametrize(
+    "script, words, refusal",
+    [
+        (
+            "ppo.py",
+            ["--num-envs", 3],
+            "--num-envs 3: must be a multiple of the number of processes, 2",
+        ),
+        (
+            "ppo_atari_lstm.py",
+            ["--num-envs", 4, "--num-minibatches", 4],
+            "--num-minibatches 4: must divide a process's environments, 2, "
+            "because a minibatch holds whole ones",
+        ),
+    ],
+)
+def test_a_number_that_does_not_divide(script, words, refusal, tmp_path):
     """Fails when it ends in a traceback, in two lines, or leaves a run."""
-    process = torchrun(ROOT / "ppo.py", "--num-envs", 3, cwd=tmp_path)
+    process = torchrun(ROOT / script, *words, cwd=tmp_path)
     _, stderr = process.communicate(timeout=60)
-    lines = [line for line in stderr.splitlines() if line.startswith("ppo.py: ")]
-    assert lines == ["ppo.py: --num-envs 3: must be a multiple of the number of processes, 2"]
+    lines = [line for line in stderr.splitlines() if line.startswith(f"{script}: ")]
+    assert lines == [f"{script}: {refusal}"]
     assert not (tmp_path / "runs").exists()
 
 
