@@ -481,8 +481,15 @@ def test_effects_of_atari_told_in_words_were_measured():
     lines = pd.read_csv(results / "ablations.csv", dtype={"detail": str})
     lines = lines[lines.domain == "atari"]
     assert lines.seed.unique() == [1] and lines.total_timesteps.unique() == [1_000_000]
-    ends = lines.set_index("detail").mean_return
-    assert set(ends.index) == {"full", "16", "17", "19", "20", "21", "22"}
+    lines = lines.set_index(["script", "detail"])
+    ends = lines.mean_return
+    recipes = [ends["ppo_atari.py", "full"], ends["ppo_atari_envpool.py", "full"]]
+    changes = ends.drop("full", level="detail")
+    changes = changes - ends.xs("full", level="detail").reindex(changes.index, level="script")
+    wrapped = {detail for script, detail in changes.index if script == "ppo_atari.py"}
+    assert wrapped == {"14", "15", "18"}
+    changes, ends = changes.droplevel("script"), ends.droplevel("script")
+    assert sorted(changes.index) == [str(detail) for detail in range(14, 23)]
 
     alike = []
     for name in ("ppo_atari_envpool", "ppo_atari"):
@@ -494,21 +501,28 @@ def test_effects_of_atari_told_in_words_were_measured():
     lowest, middle, highest = sorted(alike)
 
     text = " ".join((ROOT / "docs" / "details.md").read_text().split())
-    changes = ends.drop("full") - ends["full"]
-    assert changes.index[changes > 0].tolist() == ["22"]
+    assert {f"{end:.0f}" for end in recipes} == {f"{recipes[0]:.0f}"}
     words = (
-        "recipe's run ends at {:.0f} points, those of the variants {:.0f} to {:.0f} points from it."
+        "ends at {:.0f} points with the wrappers and with EnvPool, the variants {:.0f} to {:.0f}"
     )
-    assert words.format(ends["full"], changes.abs().min(), changes.abs().max()) in text
+    assert words.format(recipes[0], changes.abs().min(), changes.abs().max()) in text
     assert f"they have {lowest:.0f}, {middle:.0f} and {highest:.0f}." in text
-    words = "(16) at {:.0f}, with one frame (20) at {:.0f}, without FIRE (17) and with raw rewards"
+
+    assert changes.index[changes > 1].tolist() == ["22"] and abs(changes["14"]) < 1
+    assert (changes < -1).sum() == 7
+    words = "(16) at {:.0f}, with one frame (20) at {:.0f}, without the maximum over two frames"
     assert words.format(ends["16"], ends["20"]) in text
-    assert f"{ends['17']:.0f}" == f"{ends['19']:.0f}"
-    words = "(19) at {:.0f}, with separate networks (21) at {:.0f}. None"
+    assert {f"{ends[detail]:.0f}" for detail in ("15", "17", "19")} == {f"{ends['19']:.0f}"}
+    words = "raw rewards (19) at {:.0f}, with separate networks (21) at {:.0f}, with the nearest"
     assert words.format(ends["19"], ends["21"]) in text
+    assert f"over an area (18) at {ends['18']:.0f}." in text
+    words = "without no-ops (14), at {:.0f}. It rises faster: its mean over the training is {:.0f} points"
+    assert words.format(ends["14"], lines.auc["ppo_atari.py", "14"]) in text
+    assert f"the recipe's {lines.auc['ppo_atari.py', 'full']:.0f}." in text
     assert f"with images that are not scaled (22) at {ends['22']:.0f}." in text
+
     readme = " ".join((ROOT / "README.md").read_text().split())
-    assert "of Atari six (16, 17, 19 to 22) on Breakout, with one seed and a tenth" in readme
+    assert "of Atari nine (14 to 22) on Breakout, with one seed and a tenth" in readme
 
 
 def test_effects_told_in_words_were_measured():
