@@ -482,6 +482,8 @@ def test_effects_of_atari_told_in_words_were_measured():
     lines = lines[lines.domain == "atari"]
     assert lines.seed.unique() == [1] and lines.total_timesteps.unique() == [1_000_000]
     lines = lines.set_index(["script", "detail"])
+    memory = lines.mean_return["ppo_atari_lstm.py"]
+    lines = lines.drop("ppo_atari_lstm.py", level="script")
     ends = lines.mean_return
     recipes = [ends["ppo_atari.py", "full"], ends["ppo_atari_envpool.py", "full"]]
     changes = ends.drop("full", level="detail")
@@ -521,8 +523,19 @@ def test_effects_of_atari_told_in_words_were_measured():
     assert f"{words.format(ends['14'], fast)} points, the recipe's {slow:.0f}." in text
     assert f"with images that are not scaled (22) at {ends['22']:.0f}." in text
 
+    curve = pd.read_csv(results / "ppo_atari_lstm_curves.csv")
+    assert curve.seed.unique() == [1] and curve.command.nunique() == 1
+    before = curve[curve.step <= 1_000_000].mean_return.iloc[-1]
+    assert sorted(memory.index) == ["32", "34", "36", "full"]
+    words = "the recipe ends at {:.0f}; the training in the results had {:.0f} after as many steps."
+    assert words.format(memory["full"], before) in text
+    words = "(32) it ends at {:.0f}, with states that are not reset (34) at {:.0f}, with zeros"
+    assert words.format(memory["32"], memory["34"]) in text
+    assert f"reconstructed (36) at {memory['36']:.0f}." in text
+
     readme = " ".join((ROOT / "README.md").read_text().split())
-    assert "of Atari nine (14 to 22) on Breakout, with one seed and a tenth" in readme
+    words = "of Atari its own twelve (14 to 22, 32, 34, 36) on Breakout, with one seed and a tenth"
+    assert words in readme
 
 
 def test_effects_told_in_words_were_measured():
