@@ -475,17 +475,44 @@ def find_effects(
     return effects
 
 
-def test_effects_of_atari_told_in_words_were_measured():
-    """Fails when details.md has runs of Breakout end at other points than ablations.csv."""
-    results = ROOT / "benchmark" / "results"
-    lines = pd.read_csv(results / "ablations.csv", dtype={"detail": str})
+def read_breakout() -> pd.DataFrame:
+    """-> ablations.csv's lines of Breakout, by script and detail, one seed of each."""
+    lines = pd.read_csv(ROOT / "benchmark" / "results" / "ablations.csv", dtype={"detail": str})
     lines = lines[lines.domain == "atari"]
     assert lines.seed.unique() == [1] and lines.total_timesteps.unique() == [1_000_000]
-    lines = lines.set_index(["script", "detail"])
-    memory = lines.mean_return["ppo_atari_lstm.py"]
-    lines = lines.drop("ppo_atari_lstm.py", level="script")
+    assert (lines.mean_return > 10 * lines.first_return).all()  # all learn
+    return lines.set_index(["script", "detail"])
+
+
+def read_details() -> str:
+    """-> docs/details.md in one line."""
+    return " ".join((ROOT / "docs" / "details.md").read_text().split())
+
+
+def test_effects_of_the_lstm_told_in_words_were_measured():
+    """Fails when details.md has the LSTM's runs of Breakout end elsewhere than ablations.csv."""
+    ends = read_breakout().mean_return["ppo_atari_lstm.py"]
+    assert sorted(ends.index) == ["32", "34", "36", "full"]
+
+    curve = pd.read_csv(ROOT / "benchmark" / "results" / "ppo_atari_lstm_curves.csv")
+    assert curve.seed.unique() == [1] and curve.command.unique() == ["python ppo_atari_lstm.py"]
+    before = curve[curve.step <= 1_000_000].mean_return.iloc[-1]
+
+    text = read_details()
+    assert f"the recipe ends at {ends['full']:.0f}. Its training in the results" in text
+    assert f"had {before:.0f} after as many." in text
+    words = "(32) it ends at {:.0f}, with states that are not reset (34) at {:.0f}, with zeros"
+    assert words.format(ends["32"], ends["34"]) in text
+    assert f"reconstructed (36) at {ends['36']:.0f}." in text
+
+
+def test_effects_of_atari_told_in_words_were_measured():
+    """Fails when details.md has runs of Breakout end at other points than ablations.csv."""
+    lines = read_breakout().drop("ppo_atari_lstm.py", level="script")
     ends = lines.mean_return
     recipes = [ends["ppo_atari.py", "full"], ends["ppo_atari_envpool.py", "full"]]
+
+    # Each variant beside its own script's recipe
     changes = ends.drop("full", level="detail")
     changes = changes - ends.xs("full", level="detail").reindex(changes.index, level="script")
     wrapped = {detail for script, detail in changes.index if script == "ppo_atari.py"}
@@ -493,16 +520,17 @@ def test_effects_of_atari_told_in_words_were_measured():
     changes, ends = changes.droplevel("script"), ends.droplevel("script")
     assert sorted(changes.index) == [str(detail) for detail in range(14, 23)]
 
+    # Trainings with nothing taken out
     alike = []
     for name in ("ppo_atari_envpool", "ppo_atari"):
-        curves = pd.read_csv(results / f"{name}_curves.csv")
+        curves = pd.read_csv(ROOT / "benchmark" / "results" / f"{name}_curves.csv")
         assert curves.seed.unique() == [1]
         for _, curve in curves.groupby("command"):
             alike.append(curve[curve.step <= 1_000_000].mean_return.iloc[-1])
     assert len(alike) == 3
     lowest, middle, highest = sorted(alike)
 
-    text = " ".join((ROOT / "docs" / "details.md").read_text().split())
+    text = read_details()
     assert {f"{end:.0f}" for end in recipes} == {f"{recipes[0]:.0f}"}
     words = (
         "ends at {:.0f} points with the wrappers and with EnvPool, the variants {:.0f} to {:.0f}"
@@ -522,16 +550,6 @@ def test_effects_of_atari_told_in_words_were_measured():
     words = "without no-ops (14), at {:.0f}. It rises faster: its mean over the training is {:.0f}"
     assert f"{words.format(ends['14'], fast)} points, the recipe's {slow:.0f}." in text
     assert f"with images that are not scaled (22) at {ends['22']:.0f}." in text
-
-    curve = pd.read_csv(results / "ppo_atari_lstm_curves.csv")
-    assert curve.seed.unique() == [1] and curve.command.nunique() == 1
-    before = curve[curve.step <= 1_000_000].mean_return.iloc[-1]
-    assert sorted(memory.index) == ["32", "34", "36", "full"]
-    words = "the recipe ends at {:.0f}; the training in the results had {:.0f} after as many steps."
-    assert words.format(memory["full"], before) in text
-    words = "(32) it ends at {:.0f}, with states that are not reset (34) at {:.0f}, with zeros"
-    assert words.format(memory["32"], memory["34"]) in text
-    assert f"reconstructed (36) at {memory['36']:.0f}." in text
 
     readme = " ".join((ROOT / "README.md").read_text().split())
     words = "of Atari its own twelve (14 to 22, 32, 34, 36) on Breakout, with one seed and a tenth"
