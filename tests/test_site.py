@@ -29,7 +29,7 @@ PAIRS = [(a, b) for a, b, _ in make_site.read_pairs()]
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def site(tmp_path_factory):
     """The folder of the built site."""
     folder = tmp_path_factory.mktemp("site")
@@ -39,7 +39,7 @@ def site(tmp_path_factory):
     return folder / "site" / "html"
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def address(site):
     """The address at which the site is served."""
     handler = functools.partial(QuietHandler, directory=str(site))
@@ -54,7 +54,7 @@ class QuietHandler(SimpleHTTPRequestHandler):
         pass
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def browser():
     """A browser of this machine; skips where there is none."""
     path = next(filter(None, map(shutil.which, BROWSERS)), None)
