@@ -536,7 +536,7 @@ def test_effects_of_general_details_on_breakout_told_in_words_were_measured():
 
     readme = " ".join((ROOT / "README.md").read_text().split())
     assert "nineteen on Breakout (2, 4, 7 to 11, 14 to 22, 32, 34, 36), with one seed" in readme
-    words = "they end at {:.0f} and {:.0f} points, the recipe at {:.0f}."
+    words = "these runs end at {:.0f} and {:.0f} points, the recipe at {:.0f}."
     assert words.format(*ends[late], ends["full"]) in readme
 
 
