@@ -480,8 +480,15 @@ def read_breakout() -> pd.DataFrame:
     lines = pd.read_csv(ROOT / "benchmark" / "results" / "ablations.csv", dtype={"detail": str})
     lines = lines[lines.domain == "atari"]
     assert lines.seed.unique() == [1] and lines.total_timesteps.unique() == [1_000_000]
-    # Detail 7 has two variants
-    lines.loc[lines.variant == "normalised over the rollout", "detail"] = "7 over the rollout"
+    # Each detail's second variant
+    for variant, label in (
+        ("epsilon as in TensorFlow", "3 as in TensorFlow"),
+        ("lambda 0", "5 lambda 0"),
+        ("samples drawn with replacement", "6 with replacement"),
+        ("normalised over the rollout", "7 over the rollout"),
+    ):
+        lines.loc[lines.variant == variant, "detail"] = label
+    assert not lines.duplicated(["script", "detail"]).any()
     return lines.set_index(["script", "detail"])
 
 
@@ -513,10 +520,13 @@ def test_effects_of_general_details_on_breakout_told_in_words_were_measured():
     ends, means = lines.mean_return, lines.auc
     text = read_details()
 
-    late = ["2", "8"]
-    words = "weights (2) ends at {:.0f}, that without clipping of the ratio (8) at {:.0f}. Their"
+    late = ["5 lambda 0", "2", "8"]
+    words = (
+        "with lambda 0 (5) ends at {:.0f}, that with PyTorch's initial weights (2) at {:.0f}, that"
+        " without clipping of the ratio (8) at {:.0f}. Their"
+    )
     assert words.format(*ends[late]) in text
-    words = "training are {:.0f} and {:.0f} points; the recipe's is {:.0f}, the lowest of any"
+    words = "training are {:.0f}, {:.0f} and {:.0f} points; the recipe's is {:.0f}, the lowest of"
     assert words.format(*means[late], means["full"]) in text
     lowest = read_breakout().auc.drop(late, level="detail").min()
     assert f"the lowest of any other variant {lowest:.0f}." in text
@@ -527,20 +537,25 @@ def test_effects_of_general_details_on_breakout_told_in_words_were_measured():
         others = changes.drop(late, level="detail")
         assert others.max() < changes["ppo_atari_envpool.py"][late].min()
 
-    general = {"4", "7", "7 over the rollout", "9", "10", "11"}
+    general = {"1", "3", "3 as in TensorFlow", "4", "5", "7", "7 over the rollout", "9", "10", "11"}
     own = {"16", "17", "19", "20", "21", "22"}
     assert set(lines.index) == {"full", *late, *general, *own}
-    assert (ends[sorted(general)] - ends["full"]).abs().max() < 6
-    words = "the value (9) they end at {:.0f}, without the entropy bonus (10) at {:.0f}, without"
-    assert words.format(ends["9"], ends["10"]) in text
-    words = "gradient clipping (11) at {:.0f}, with a constant learning rate (4) at {:.0f}."
-    assert words.format(ends["11"], ends["4"]) in text
+    words = "with lambda 1 (5) at {:.0f}, without clipping of the value (9) at {:.0f}, without the"
+    assert words.format(ends["5"], ends["9"]) in text
+    words = "entropy bonus (10) at {:.0f}, without gradient clipping (11) at {:.0f}. With one"
+    assert words.format(ends["10"], ends["11"]) in text
+    words = (
+        "environment (1) the run ends at {:.0f}, with a constant learning rate (4) at {:.0f}, with"
+    )
+    assert words.format(ends["1"], ends["4"]) in text
+    words = "epsilon at its default (3) at {:.0f}, as in TensorFlow (3) at {:.0f}. Without"
+    assert words.format(ends["3"], ends["3 as in TensorFlow"]) in text
     (end,) = {f"{end:.0f}" for end in ends[["7", "7 over the rollout"]]}
-    assert f"or with one over the whole rollout (7), they end at {end}." in text
+    assert f"or with one over the whole rollout (7), it ends at {end}." in text
 
     readme = " ".join((ROOT / "README.md").read_text().split())
-    assert "nineteen on Breakout (2, 4, 7 to 11, 14 to 22, 32, 34, 36), with one seed" in readme
-    words = "these runs end at {:.0f} and {:.0f} points, the recipe at {:.0f}."
+    assert "twenty-two on Breakout (1 to 5, 7 to 11, 14 to 22, 32, 34, 36), with one" in readme
+    words = "these runs end at {:.0f}, {:.0f} and {:.0f} points, the recipe at {:.0f}."
     assert words.format(*ends[late], ends["full"]) in readme
 
 
@@ -556,7 +571,7 @@ def test_effects_of_atari_told_in_words_were_measured():
     wrapped = {detail for script, detail in changes.index if script == "ppo_atari.py"}
     assert wrapped == {"14", "15", "18"}
     changes, ends = changes.droplevel("script"), ends.droplevel("script")
-    near = changes.drop(["2", "8"]).abs()
+    near = changes.drop(["5 lambda 0", "2", "8"]).abs()
     changes = changes[[str(detail) for detail in range(14, 23)]]
     own = lines[lines.index.isin(changes.index, level="detail")]
     assert (own.mean_return > 10 * own.first_return).all()  # all learn
@@ -574,8 +589,8 @@ def test_effects_of_atari_told_in_words_were_measured():
     text = read_details()
     assert {f"{end:.0f}" for end in recipes} == {f"{recipes[0]:.0f}"}
     words = (
-        "ends at {:.0f} points with the wrappers and with EnvPool, all variants but two {:.0f} to"
-        " {:.0f} points from it."
+        "ends at {:.0f} points with the wrappers and with EnvPool, all variants but three"
+        " {:.0f} to {:.0f} points from it."
     )
     assert words.format(recipes[0], near.min(), near.max()) in text
     assert f"they have {lowest:.0f}, {middle:.0f} and {highest:.0f}." in text
