@@ -520,13 +520,13 @@ def test_effects_of_general_details_on_breakout_told_in_words_were_measured():
     ends, means = lines.mean_return, lines.auc
     text = read_details()
 
-    late = ["5 lambda 0", "2", "8"]
+    late = ["5 lambda 0", "2", "6", "8"]
     words = (
         "with lambda 0 (5) ends at {:.0f}, that with PyTorch's initial weights (2) at {:.0f}, that"
-        " without clipping of the ratio (8) at {:.0f}. Their"
+        " with one minibatch (6) at {:.0f}, that without clipping of the ratio (8) at {:.0f}. Their"
     )
     assert words.format(*ends[late]) in text
-    words = "training are {:.0f}, {:.0f} and {:.0f} points; the recipe's is {:.0f}, the lowest of"
+    words = "training are {:.0f}, {:.0f}, {:.0f} and {:.0f} points; the recipe's is {:.0f}, the"
     assert words.format(*means[late], means["full"]) in text
     lowest = read_breakout().auc.drop(late, level="detail").min()
     assert f"the lowest of any other variant {lowest:.0f}." in text
@@ -537,7 +537,8 @@ def test_effects_of_general_details_on_breakout_told_in_words_were_measured():
         others = changes.drop(late, level="detail")
         assert others.max() < changes["ppo_atari_envpool.py"][late].min()
 
-    general = {"1", "3", "3 as in TensorFlow", "4", "5", "7", "7 over the rollout", "9", "10", "11"}
+    general = {"1", "3", "3 as in TensorFlow", "4", "5", "6 with replacement"}
+    general |= {"7", "7 over the rollout", "9", "10", "11"}
     own = {"16", "17", "19", "20", "21", "22"}
     assert set(lines.index) == {"full", *late, *general, *own}
     words = "with lambda 1 (5) at {:.0f}, without clipping of the value (9) at {:.0f}, without the"
@@ -551,11 +552,12 @@ def test_effects_of_general_details_on_breakout_told_in_words_were_measured():
     words = "epsilon at its default (3) at {:.0f}, as in TensorFlow (3) at {:.0f}. Without"
     assert words.format(ends["3"], ends["3 as in TensorFlow"]) in text
     (end,) = {f"{end:.0f}" for end in ends[["7", "7 over the rollout"]]}
-    assert f"or with one over the whole rollout (7), it ends at {end}." in text
+    words = "over the whole rollout (7), it ends at {}, with samples drawn with replacement (6) at"
+    assert f"{words.format(end)} {ends['6 with replacement']:.0f}." in text
 
     readme = " ".join((ROOT / "README.md").read_text().split())
-    assert "twenty-two on Breakout (1 to 5, 7 to 11, 14 to 22, 32, 34, 36), with one" in readme
-    words = "these runs end at {:.0f}, {:.0f} and {:.0f} points, the recipe at {:.0f}."
+    assert "twenty-three on Breakout (1 to 11, 14 to 22, 32, 34, 36), with one seed" in readme
+    words = "these runs end at {:.0f}, {:.0f}, {:.0f} and {:.0f} points, the recipe at {:.0f}."
     assert words.format(*ends[late], ends["full"]) in readme
 
 
@@ -571,7 +573,7 @@ def test_effects_of_atari_told_in_words_were_measured():
     wrapped = {detail for script, detail in changes.index if script == "ppo_atari.py"}
     assert wrapped == {"14", "15", "18"}
     changes, ends = changes.droplevel("script"), ends.droplevel("script")
-    near = changes.drop(["5 lambda 0", "2", "8"]).abs()
+    near = changes.drop(["5 lambda 0", "2", "6", "8"]).abs()
     changes = changes[[str(detail) for detail in range(14, 23)]]
     own = lines[lines.index.isin(changes.index, level="detail")]
     assert (own.mean_return > 10 * own.first_return).all()  # all learn
@@ -589,7 +591,7 @@ def test_effects_of_atari_told_in_words_were_measured():
     text = read_details()
     assert {f"{end:.0f}" for end in recipes} == {f"{recipes[0]:.0f}"}
     words = (
-        "ends at {:.0f} points with the wrappers and with EnvPool, all variants but three"
+        "ends at {:.0f} points with the wrappers and with EnvPool, all variants but four"
         " {:.0f} to {:.0f} points from it."
     )
     assert words.format(recipes[0], near.min(), near.max()) in text
