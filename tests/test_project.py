@@ -549,14 +549,23 @@ def test_effects_of_general_details_on_breakout_told_in_words_were_measured():
         "9": "no clipping of the value (9)",
         "10": "no entropy bonus (10)",
         "11": "no gradient clipping (11)",
+        "A1": "a clip range that is annealed (A1)",
     }
     own = {"16", "17", "19", "20", "21", "22"}
-    assert set(lines.index) == {"full", *late, *general, *own}
+    assert set(lines.index) == {"full", *late, *general, "A3", "half precision", *own}
     told = ", ".join(f"{words} at {ends[detail]:.0f}" for detail, words in general.items())
-    assert f"end nearer the recipe: {told}. A1 and A3 were not measured." in text
+    assert f"end nearer the recipe: {told}." in text
 
+    assert "(A3, `--target-kl 0.01`) changed no return**: its run is the recipe's again" in text
+    assert (ends["A3"], means["A3"]) == (ends["full"], means["full"])
+    assert lines.variant["half precision"] == "float32"
+    assert f"in float32, the recipe ends at {ends['half precision']:.0f}." in text
+
+    all_variants = {(v.script, v.name) for v in ablations.DOMAINS["atari"].variants}
+    measured = read_breakout().reset_index()
+    assert set(zip(measured.script, measured.variant, strict=True)) == all_variants
     readme = " ".join((ROOT / "README.md").read_text().split())
-    assert "twenty-three on Breakout (1 to 11, 14 to 22, 32, 34, 36), with one seed" in readme
+    assert "of Atari all on Breakout, with one seed" in readme
     words = "these runs end at {:.0f}, {:.0f}, {:.0f} and {:.0f} points, the recipe at {:.0f}."
     assert words.format(*ends[late], ends["full"]) in readme
 
