@@ -505,13 +505,11 @@ def test_effects_on_hopper_told_in_words_were_measured():
 
     change = ablations.compute_change(lines[lines.detail == "full"], lines[lines.detail == "30"])
     assert change["high"] < -0.5 and round(change["change"], 1) == -0.8
-    assert (
-        find_effects("mujoco", "mean_return")["30: no reward scaling"]["HalfCheetah-v4"]["sign"]
-        == 0
-    )
+    of_cheetah = find_effects("mujoco", "mean_return")["30: no reward scaling"]["HalfCheetah-v4"]
+    assert of_cheetah["sign"] == 0
     readme = " ".join((ROOT / "README.md").read_text().split())
     assert "Hopper loses four fifths of the gain without scaled rewards (30), which" in readme
-    assert "on HalfCheetah, seven on Hopper, of which 30 alone with five seeds;" in readme
+    assert "On Hopper seven were, scaled rewards (30) with five seeds, the others" in readme
 
 
 def read_breakout() -> pd.DataFrame:
@@ -604,7 +602,7 @@ def test_effects_of_general_details_on_breakout_told_in_words_were_measured():
     measured = read_breakout().reset_index()
     assert set(zip(measured.script, measured.variant, strict=True)) == all_variants
     readme = " ".join((ROOT / "README.md").read_text().split())
-    assert "of Atari all on Breakout, with one seed" in readme
+    assert "Of Atari all were measured on Breakout, with one seed" in readme
     words = "these runs end at {:.0f}, {:.0f}, {:.0f} and {:.0f} points, the recipe at {:.0f}."
     assert words.format(*ends[late], ends["full"]) in readme
 
