@@ -461,7 +461,7 @@ def find_effects(
     above zero, else 0}}; of the first num_seeds seeds only, if given."""
     lines = pd.read_csv(ROOT / "benchmark" / "results" / "ablations.csv", dtype={"detail": str})
     lines = lines[lines.total_timesteps == 500_000]
-    lines = lines[(lines.domain == domain) & (lines.env_id != "Hopper-v4")]  # most of one seed
+    lines = lines[lines.domain == domain]
     if num_seeds is not None:
         lines = lines[lines.seed <= num_seeds]
     lines = lines.assign(mean_return=lines[measure], label=lines.detail + ": " + lines.variant)
@@ -477,39 +477,64 @@ def find_effects(
 
 def test_effects_on_hopper_told_in_words_were_measured():
     """Fails when details.md or README.md has runs of Hopper end elsewhere than ablations.csv."""
+    effects = find_effects("mujoco", "mean_return")
+    hopper = {label: of["Hopper-v4"] for label, of in effects.items() if "Hopper-v4" in of}
+    cheetah = {label: of["HalfCheetah-v4"] for label, of in effects.items()}
+    assert {change["seeds"] for change in hopper.values()} == {5}
+    assert "Walker2d-v4" not in {env_id for of in effects.values() for env_id in of}
+
+    # Which variants were measured
+    others = {"5: lambda 1", "6: one minibatch", "time limits: bootstrapped"}
+    assert all(cheetah[label]["sign"] != 0 for label in others)
+    own = set()
+    for variant in ablations.DOMAINS["mujoco"].variants:
+        if variant.detail in ("24", "26", "27", "28", "28-31", "29", "30", "31"):
+            own.add(f"{variant.detail}: {variant.name}")
+    assert len(own) == 8 and set(hopper) == own | others | {"full: recipe"}
+
+    # What is missing
+    unscaled, four = "30: no reward scaling", "28-31: none of the four"
+    stored, minibatch = "27: clipped actions stored", "6: one minibatch"
+    unnormalised, trunk = "28: no observation normalisation", "26: shared trunk"
+    missing = {label for label, change in hopper.items() if change["sign"] < 0}
+    assert missing == {unscaled, four, stored, minibatch, unnormalised, trunk}
+    for label, share in (
+        (unscaled, 4 / 5),
+        (stored, 2 / 3),
+        (minibatch, 1 / 2),
+        (unnormalised, 1 / 4),
+    ):
+        assert abs(hopper[label]["change"] + share) < 0.03, label
+    assert round(hopper[trunk]["change"], 2) == -0.20 and -0.02 < hopper[trunk]["high"] < 0
+    assert cheetah[unscaled]["sign"] == 0
+    assert all(cheetah[label]["sign"] < 0 for label in (stored, minibatch, unnormalised))
+
+    # Where nothing is seen
+    lows = {label: round(100 * c["low"]) for label, c in hopper.items() if c["sign"] == 0}
+    del lows["full: recipe"]
+    unclipped = lows.pop("29: no observation clipping")
+    wide = sorted(lows.pop(label) for label in list(lows) if label.startswith(("5:", "24:", "31:")))
+    text = read_details()
+    assert f"reach down to {unclipped} % (29) or to {wide[-1]} to {wide[0]} % (the others)" in text
+    assert set(lows) == {"time limits: bootstrapped"}
+    limits = hopper["time limits: bootstrapped"]
+    words = "none is seen either, by an interval of {:+.0f} to {:+.0f} %."
+    assert words.format(100 * limits["low"], 100 * limits["high"]) in text
+    assert cheetah["time limits: bootstrapped"]["sign"] > 0
+
+    # Single seeds
     lines = pd.read_csv(ROOT / "benchmark" / "results" / "ablations.csv", dtype={"detail": str})
     lines = lines[lines.env_id == "Hopper-v4"]
-    ends = {detail: runs.mean_return.sort_values() for detail, runs in lines.groupby("detail")}
-    seeds = {detail: len(runs) for detail, runs in ends.items()}
-    single = ["27", "24", "28", "29", "31"]
-    assert seeds == {"full": 5, "30": 5, "28-31": 1} | dict.fromkeys(single, 1)
-    first = {detail: runs.mean_return.iloc[0] for detail, runs in lines.groupby("detail")}
-    assert min(first, key=first.get) == "30"  # so it was given more seeds
+    ends = {
+        detail: runs.mean_return.agg(["min", "max"]) for detail, runs in lines.groupby("detail")
+    }
+    words = "the seeds end at {:,.0f} to {:,.0f}, with the recipe at {:,.0f} to {:,.0f}."
+    assert words.format(*ends["30"], *ends["full"]) in text
+    assert "off they end as low, at {:,.0f} to {:,.0f}.".format(*ends["28-31"]) in text
 
-    text = read_details()
-    words = "without them the five seeds end at {:,.0f} to {:,.0f}, with the recipe at {:,.0f} to"
-    recipe, unscaled = ends["full"].tolist(), ends["30"].tolist()
-    assert f"{words.format(unscaled[0], unscaled[-1], recipe[0])} {recipe[-1]:,.0f}." in text
-    of_all_four = ends["28-31"].item()
-    assert unscaled[0] < of_all_four < unscaled[-1]
-    assert f"of 28 to 31 off, one seed ends as low, at {of_all_four:,.0f}." in text
-    words = (
-        "They end at {:,.0f} if clipped actions are stored (27), at {:,.0f} with a deviation that"
-        " depends on the state (24), at {:,.0f} without normalised observations (28), at {:,.0f}"
-        " without clipping them (29) and at {:,.0f} without clipping rewards (31). The first two"
-    )
-    of_single = [ends[detail].item() for detail in single]
-    assert words.format(*of_single) in text
-    assert max(of_single[:2]) < recipe[0] < min(of_single[2:])
-    assert max(of_single) < recipe[-1]
-
-    change = ablations.compute_change(lines[lines.detail == "full"], lines[lines.detail == "30"])
-    assert change["high"] < -0.5 and round(change["change"], 1) == -0.8
-    of_cheetah = find_effects("mujoco", "mean_return")["30: no reward scaling"]["HalfCheetah-v4"]
-    assert of_cheetah["sign"] == 0
     readme = " ".join((ROOT / "README.md").read_text().split())
     assert "Hopper loses four fifths of the gain without scaled rewards (30), which" in readme
-    assert "On Hopper seven were, scaled rewards (30) with five seeds, the others" in readme
+    assert "on Hopper those of the script itself (24 to 31) and three others." in readme
 
 
 def read_breakout() -> pd.DataFrame:
@@ -655,6 +680,22 @@ def test_effects_of_atari_told_in_words_were_measured():
     words = "without no-ops (14), at {:.0f}. It rises faster: its mean over the training is {:.0f}"
     assert f"{words.format(ends['14'], fast)} points, the recipe's {slow:.0f}." in text
     assert f"with images that are not scaled (22) at {ends['22']:.0f}." in text
+
+
+def test_minibatches_are_missed_on_every_task():
+    """Fails when README.md tells another loss with one minibatch than was measured."""
+    losses = {}
+    for domain in ("classic", "mujoco", "microrts"):
+        for env_id, change in find_effects(domain, "mean_return")["6: one minibatch"].items():
+            assert change["sign"] < 0, env_id
+            losses[env_id] = round(-100 * change["change"])
+    assert len(losses) == 7
+    least, most = min(losses, key=losses.get), max(losses, key=losses.get)
+    assert (least, most) == ("Acrobot-v1", "MicrortsProduceCombatUnitsShapedReward-v1")
+    readme = " ".join((ROOT / "README.md").read_text().split())
+    assert "Several minibatches (6) are missed on all seven of these tasks." in readme
+    words = "from {} % of the gain (Acrobot) to {} % (combat units in MicroRTS) is missing."
+    assert words.format(losses[least], losses[most]) in readme
 
 
 def test_effects_told_in_words_were_measured():
