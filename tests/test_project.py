@@ -535,6 +535,14 @@ def test_effects_on_hopper_told_in_words_were_measured():
     readme = " ".join((ROOT / "README.md").read_text().split())
     assert "Hopper loses four fifths of the gain without scaled rewards (30), which" in readme
     assert "on Hopper those of the script itself (24 to 31) and three others." in readme
+    assert (
+        "It loses two thirds if clipped actions are stored (27), half with one minibatch (6) and a"
+        " quarter without normalised observations (28)."
+    ) in readme
+    assert (
+        "with clipped actions stored (27) two thirds of the gain is missing here, with one"
+        " minibatch (6) half of it, without normalised observations (28) a quarter."
+    ) in text
 
 
 def read_breakout() -> pd.DataFrame:
