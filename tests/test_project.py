@@ -510,17 +510,17 @@ def test_effects_on_hopper_told_in_words_were_measured():
     assert all(cheetah[label]["sign"] < 0 for label in (stored, minibatch, unnormalised))
 
     # Where nothing is seen
-    lows = {label: round(100 * c["low"]) for label, c in hopper.items() if c["sign"] == 0}
-    del lows["full: recipe"]
-    unclipped = lows.pop("29: no observation clipping")
-    wide = sorted(lows.pop(label) for label in list(lows) if label.startswith(("5:", "24:", "31:")))
+    unclipped, limits = "29: no observation clipping", "time limits: bootstrapped"
+    others = ["5: lambda 1", "24: deviation depends on the state", "31: no reward clipping"]
+    assert all(hopper[label]["sign"] == 0 for label in (unclipped, limits, *others))
     text = read_details()
-    assert f"reach down to {unclipped} % (29) or to {wide[-1]} to {wide[0]} % (the others)" in text
-    assert set(lows) == {"time limits: bootstrapped"}
-    limits = hopper["time limits: bootstrapped"]
+    lows = [hopper[label]["low"] for label in others]
+    numbers = [100 * hopper[unclipped]["low"], 100 * max(lows), 100 * min(lows)]
+    words = "reach down to {:.0f} % (29) or to {:.0f} to {:.0f} % (the others), so that"
+    assert words.format(*numbers) in text
     words = "none is seen either, by an interval of {:+.0f} to {:+.0f} %."
-    assert words.format(100 * limits["low"], 100 * limits["high"]) in text
-    assert cheetah["time limits: bootstrapped"]["sign"] > 0
+    assert words.format(100 * hopper[limits]["low"], 100 * hopper[limits]["high"]) in text
+    assert cheetah[limits]["sign"] > 0
 
     # Single seeds
     lines = pd.read_csv(ROOT / "benchmark" / "results" / "ablations.csv", dtype={"detail": str})
@@ -701,9 +701,19 @@ def test_minibatches_are_missed_on_every_task():
     least, most = min(losses, key=losses.get), max(losses, key=losses.get)
     assert (least, most) == ("Acrobot-v1", "MicrortsProduceCombatUnitsShapedReward-v1")
     readme = " ".join((ROOT / "README.md").read_text().split())
-    assert "Several minibatches (6) are missed on all seven of these tasks." in readme
+    assert "Several minibatches (6) are missed on all seven tasks: three of classic" in readme
     words = "from {} % of the gain (Acrobot) to {} % (combat units in MicroRTS) is missing."
     assert words.format(losses[least], losses[most]) in readme
+
+    # How many gradient steps they stand for
+    assert "a quarter of the gradient steps, with MuJoCo a 32nd." in readme
+    for script, number in (
+        ("ppo", 4),
+        ("ppo_continuous_action", 32),
+        ("ppo_multidiscrete_mask", 4),
+    ):
+        source = (ROOT / f"{script}.py").read_text()
+        assert f"    num_minibatches: int = {number}\n" in source
 
 
 def test_effects_told_in_words_were_measured():
