@@ -42,11 +42,11 @@ from typing import Literal
 import matplotlib
 
 matplotlib.use("Agg")
+import common
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import tyro
-from common import ROOT, describe_machine, refuse
 from matplotlib.colors import to_rgba
 from report import NoRunError, read_run
 from run import RUNS, Job, Queue
@@ -426,9 +426,9 @@ class Args:
     """runs at a time"""
     threads: int = 1
     """threads of each run"""
-    save: Path = ROOT / "benchmark" / "results"
+    save: Path = common.ROOT / "benchmark" / "results"
     """folder of ablations.csv and the figures"""
-    machine: str = field(default_factory=describe_machine)
+    machine: str = field(default_factory=common.describe_machine)
     """where the runs were trained, if not here"""
     report: bool = False
     """train nothing, write the files of what is finished"""
@@ -447,7 +447,9 @@ class Args:
 
         for name in ("num_seeds", "workers", "threads"):
             if getattr(self, name) < 1:
-                refuse(f"--{name.replace('_', '-')} {getattr(self, name)}: must be at least 1")
+                common.refuse(
+                    f"--{name.replace('_', '-')} {getattr(self, name)}: must be at least 1"
+                )
 
 
 def choose_variants(args: Args) -> list[Variant]:
@@ -461,7 +463,7 @@ def choose_variants(args: Args) -> list[Variant]:
 
     for word in args.variants:
         if not any(word in (variant.slug, variant.detail) for variant in variants):
-            refuse(f"--variants {word}: is none of {', '.join(v.slug for v in variants)}")
+            common.refuse(f"--variants {word}: is none of {', '.join(v.slug for v in variants)}")
     named = [v for v in variants if {v.slug, v.detail} & {*args.variants}]
     scripts = {variant.script for variant in named}
     recipes = [v for v in variants if v.detail == "full" and v.script in scripts]
@@ -471,11 +473,13 @@ def choose_variants(args: Args) -> list[Variant]:
 def edit(variant: Variant) -> str:
     """-> the source of its copy; refuses an edit whose lines are not in the script, or twice."""
     script = variant.source or variant.script
-    source = (ROOT / script).read_text()
+    source = (common.ROOT / script).read_text()
     for old, new in variant.edits:
         count = source.count(old)
         if count != 1:
-            refuse(f"{variant.slug}: {script} has these lines {count} times, not once: {old}")
+            common.refuse(
+                f"{variant.slug}: {script} has these lines {count} times, not once: {old}"
+            )
         source = source.replace(old, new)
     return source
 
@@ -599,7 +603,7 @@ def collect(jobs: list[tuple[Variant, Job]], args: Args) -> pd.DataFrame:
     if rows:
         tables.append(pd.DataFrame(rows))
     if not tables:
-        refuse("nothing to report: no run is finished")
+        common.refuse("nothing to report: no run is finished")
 
     lines = pd.concat(tables).drop_duplicates(KEY, keep="last").sort_values(KEY, kind="stable")
     args.save.mkdir(parents=True, exist_ok=True)
@@ -912,8 +916,8 @@ def write_details(args: Args) -> None:
     """
     lines = read_lines(args)
     if lines is None:
-        refuse(f"--details: there is no {args.save / 'ablations.csv'}")
-    path = ROOT / "docs" / "details.md"
+        common.refuse(f"--details: there is no {args.save / 'ablations.csv'}")
+    path = common.ROOT / "docs" / "details.md"
     text = path.read_text()
     before = text.split(BEGIN)[0]
     after = text.split(END)[1]

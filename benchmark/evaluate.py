@@ -29,21 +29,12 @@ from pathlib import Path
 from types import ModuleType
 from typing import Annotated, Any, Literal
 
+import common
 import gymnasium as gym
 import numpy as np
 import pandas as pd
 import torch
 import tyro
-from common import (
-    check_writable,
-    count_steps,
-    describe_machine,
-    find_commit,
-    find_script,
-    load_script,
-    read_checkpoint,
-    refuse,
-)
 from scipy import stats
 from torch import nn
 from tqdm import tqdm
@@ -75,23 +66,27 @@ class Args:
         if self.capture_video_of != "all":
             self.capture_video = True
         if self.capture_video and self.num_envs > 1:
-            refuse(f"--num-envs {self.num_envs}: only one environment at a time can be filmed")
+            common.refuse(
+                f"--num-envs {self.num_envs}: only one environment at a time can be filmed"
+            )
 
     def check(self, name: str, low: int, high: int) -> None:
         """Refuses an argument that is not a number from low to high."""
         value = getattr(self, name)
         if not low <= value <= high:
-            refuse(f"--{name.replace('_', '-')} {value}: must be a number from {low} to {high}")
+            common.refuse(
+                f"--{name.replace('_', '-')} {value}: must be a number from {low} to {high}"
+            )
 
 
 def load_run(args: Args) -> tuple[ModuleType, dict]:
     """-> the script that made the run, and the run's checkpoint; refuses what is no run."""
     try:
-        name = read_checkpoint(args.run_dir)["script"]
-        path = find_script(name) if args.script is None else args.script
-        script = load_script(path)
+        name = common.read_checkpoint(args.run_dir)["script"]
+        path = common.find_script(name) if args.script is None else args.script
+        script = common.load_script(path)
     except ValueError as error:
-        refuse(f"{args.run_dir}: {error}")
+        common.refuse(f"{args.run_dir}: {error}")
     return script, script.load_checkpoint(args.run_dir)
 
 
@@ -139,7 +134,7 @@ def find_most_likely(distribution: Any) -> torch.Tensor:
             return mean
         case object(logprobs=logprobs):
             return logprobs.argmax(-1)
-    refuse(f"--greedy: the most likely action of {type(distribution).__name__} is not known")
+    common.refuse(f"--greedy: the most likely action of {type(distribution).__name__} is not known")
 
 
 def act(agent: nn.Module, inputs: dict, greedy: bool) -> tuple[np.ndarray, torch.Tensor | None]:
@@ -221,7 +216,7 @@ def play_run(args: Args) -> tuple[np.ndarray, int, float, dict]:
     video_dir = args.run_dir / "evaluation"
     films = None
     if args.capture_video:
-        check_writable(video_dir / "best.mp4", "--capture-video")
+        common.check_writable(video_dir / "best.mp4", "--capture-video")
         films = video_dir
     if args.capture_video_of == "best-and-median":
         films = Path(tempfile.mkdtemp(prefix="films-", dir=video_dir))
@@ -282,17 +277,17 @@ def main(args: Args) -> None:
     """Prints the statistics of the returns and all of them; adds a line to evaluation.csv."""
     # Before an hour is played that cannot be kept
     try:
-        read_checkpoint(args.run_dir)
+        common.read_checkpoint(args.run_dir)
     except ValueError as error:
-        refuse(f"{args.run_dir}: {error}")
+        common.refuse(f"{args.run_dir}: {error}")
     path = args.run_dir / "evaluation.csv"
-    check_writable(path, "evaluation.csv:")
+    common.check_writable(path, "evaluation.csv:")
 
     returns, steps, seconds, checkpoint = play_run(args)
     result = compute_statistics(returns)
     line = {
         "date": datetime.datetime.now().isoformat(timespec="seconds"),
-        "trained_steps": count_steps(checkpoint),
+        "trained_steps": common.count_steps(checkpoint),
         "seed": args.seed,
         "episodes": args.episodes,
         "num_envs": args.num_envs,
@@ -300,8 +295,8 @@ def main(args: Args) -> None:
         **result,
         "steps": steps,
         "steps_per_second": round(steps / seconds),
-        "machine": describe_machine(),
-        "commit": find_commit(),
+        "machine": common.describe_machine(),
+        "commit": common.find_commit(),
     }
     is_new = not path.exists()
     table = pd.DataFrame([line])

@@ -19,13 +19,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import common
 import gymnasium as gym
 import numpy as np
 import torch
 import tyro
-from common import ROOT, describe_machine, find_commit
 
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(common.ROOT))
 from ppo_atari_lstm import Agent  # noqa: E402
 
 
@@ -129,8 +129,8 @@ def main(args: Args) -> None:
     if args.save:
         record = {
             "command": f"python benchmark/lstm_segments.py --threads {args.threads}",
-            "machine": describe_machine(),
-            "commit": find_commit(),
+            "machine": common.describe_machine(),
+            "commit": common.find_commit(),
             "date": datetime.date.today().isoformat(),
             "milliseconds": milliseconds,
             "ratio": ratio,

@@ -19,8 +19,8 @@ import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import common
 import tyro
-from common import ROOT, describe_machine, find_commit, refuse
 from tqdm import tqdm
 
 # {script: {what stands in its place: (lines of the script, other lines)}}
@@ -99,17 +99,17 @@ class Args:
 
 def write_contestants(args: Args, script: str, folder: Path) -> dict[str, tuple[Path, str]]:
     """Writes the script and its copies -> {name: (folder of the copy, "eager" or "compile")}."""
-    source = (ROOT / f"{script}.py").read_text()
+    source = (common.ROOT / f"{script}.py").read_text()
     sources = {"as it is": source}
     for name, (old, new) in EDITS[script].items():
         if source.count(old) != 1:
-            refuse(f"{script}.py: the lines that {name!r} would replace are not in it once")
+            common.refuse(f"{script}.py: the lines that {name!r} would replace are not in it once")
         sources[name] = source.replace(old, new)
     if args.commit is not None:
-        show = ["git", "-C", str(ROOT), "show", f"{args.commit}:{script}.py"]
+        show = ["git", "-C", str(common.ROOT), "show", f"{args.commit}:{script}.py"]
         shown = subprocess.run(show, capture_output=True, text=True)
         if shown.returncode != 0:
-            refuse(f"--commit {args.commit}: {shown.stderr}")
+            common.refuse(f"--commit {args.commit}: {shown.stderr}")
         sources[args.commit] = shown.stdout
 
     contestants = {}
@@ -150,12 +150,12 @@ def measure_all(args: Args, script: str) -> dict[str, list[float]]:
 
 def main(args: Args) -> None:
     if not set(args.scripts) <= EDITS.keys():
-        refuse(f"--scripts: there are {', '.join(EDITS)}")
+        common.refuse(f"--scripts: there are {', '.join(EDITS)}")
     record = {
         "command": " ".join(["python", "benchmark/prices.py", *sys.argv[1:]]),
-        "commit": find_commit(),
+        "commit": common.find_commit(),
         "date": datetime.date.today().isoformat(),
-        "machine": describe_machine(),
+        "machine": common.describe_machine(),
         "steps_per_second": {},
         "ratio": {},
     }

@@ -37,23 +37,11 @@ from typing import Annotated
 import matplotlib
 
 matplotlib.use("Agg")
+import common
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import tyro
-from common import (
-    KEEPING,
-    ROOT,
-    check_save,
-    count_steps,
-    describe_machine,
-    find_commit,
-    find_script,
-    load_script,
-    read_checkpoint,
-    read_evaluation,
-    refuse,
-)
 from rliable import library, metrics
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tqdm import tqdm
@@ -99,7 +87,7 @@ class Args:
     """write README.md's table, from benchmark/results/*_runs.csv"""
     redraw: bool = False
     """make the figures and tables in benchmark/results/ anew, from its CSVs"""
-    machine: str = field(default_factory=describe_machine)
+    machine: str = field(default_factory=common.describe_machine)
     """where the runs were trained, if not here"""
 
 
@@ -110,10 +98,10 @@ def build_command(script: Path, args: dict, processes: int) -> str:
     """
     start = "python" if processes == 1 else f"torchrun --nproc-per-node {processes}"
     words = [f"{start} {script.name}"]
-    for option in dataclasses.fields(load_script(script).Args):
+    for option in dataclasses.fields(common.load_script(script).Args):
         name = option.name.replace("_", "-")
         value = args[option.name]
-        if value == option.default or option.name == "seed" or option.name in KEEPING:
+        if value == option.default or option.name == "seed" or option.name in common.KEEPING:
             continue
         if value is True:
             words.append(f"--{name}")
@@ -169,8 +157,8 @@ def read_run(
     if isinstance(scripts, Path):
         scripts = scripts.glob("*.py")
     try:
-        checkpoint = read_checkpoint(run_dir)
-        script = find_script(checkpoint["script"], scripts)
+        checkpoint = common.read_checkpoint(run_dir)
+        script = common.find_script(checkpoint["script"], scripts)
     except ValueError as error:
         raise NoRunError(str(error)) from None
     args = checkpoint["args"]
@@ -204,7 +192,7 @@ def read_run(
     at_steps = np.linspace(0, steps[-1], POINTS + 1)[1:]
     means = average_last_episodes(end_steps, returns, at_steps)
 
-    evaluation = read_evaluation(run_dir, count_steps(checkpoint))
+    evaluation = common.read_evaluation(run_dir, common.count_steps(checkpoint))
 
     run = {
         "script": script.name,
@@ -217,7 +205,7 @@ def read_run(
         "command": command,
         "machine": machine,
         "date": began.date().isoformat(),
-        "commit": find_commit(before=began.isoformat()),
+        "commit": common.find_commit(before=began.isoformat()),
         "episodes": len(episodes),
         "mean_return": means[-1],
         "evaluated_mean": np.nan if evaluation is None else evaluation["mean"],
@@ -252,7 +240,7 @@ def leave_out_repeated(runs: pd.DataFrame) -> pd.DataFrame:
 
 def find_published(script: str, env_id: str) -> pd.DataFrame:
     """-> what is published of a script on an environment: lines of published_results.csv."""
-    published = pd.read_csv(ROOT / "benchmark" / "published_results.csv")
+    published = pd.read_csv(common.ROOT / "benchmark" / "published_results.csv")
     return published[published.script.eq(script) & published.env_id.eq(env_id)]
 
 
@@ -464,7 +452,7 @@ def write_report(args: Args) -> None:
         rows.append(run)
         curves.append(curve)
     if not rows:
-        refuse("no run to report")
+        common.refuse("no run to report")
 
     runs = pd.DataFrame(rows).sort_values(["script", "env_id", "command", "seed", "run"])
     runs = leave_out_repeated(runs)
@@ -481,7 +469,7 @@ def write_report(args: Args) -> None:
 
 def make_readme_table() -> str:
     """-> the table of all measured runs."""
-    paths = sorted((ROOT / "benchmark" / "results").glob("*_runs.csv"))
+    paths = sorted((common.ROOT / "benchmark" / "results").glob("*_runs.csv"))
     runs = pd.concat([pd.read_csv(path) for path in paths], ignore_index=True)
 
     # A run may stand in several figures, and a later one with the same seed takes its place
@@ -493,7 +481,7 @@ def make_readme_table() -> str:
 
 def write_readme() -> None:
     """Puts the table of all measured runs into README.md, in the place of the one there."""
-    readme = ROOT / "README.md"
+    readme = common.ROOT / "README.md"
     text = readme.read_text()
     before = text.split(BEGIN)[0]
     after = text.split(END)[1]
@@ -502,7 +490,7 @@ def write_readme() -> None:
 
 def redraw() -> None:
     """Makes the figures and tables of all measured runs anew."""
-    for path in sorted((ROOT / "benchmark" / "results").glob("*_curves.csv")):
+    for path in sorted((common.ROOT / "benchmark" / "results").glob("*_curves.csv")):
         save = str(path).removesuffix("_curves.csv")
         curves = pd.read_csv(path)
         plot(curves, "step", Path(f"{save}_steps.png"))
@@ -513,13 +501,13 @@ def redraw() -> None:
 def main(args: Args) -> None:
     """Does what it is asked to; refuses to do nothing."""
     if not args.run_dirs and not args.readme and not args.redraw:
-        refuse("nothing to do: name folders of runs, --readme or --redraw")
+        common.refuse("nothing to do: name folders of runs, --readme or --redraw")
     if args.save is not None:
-        check_save(args.save)
+        common.check_save(args.save)
     if args.run_dirs and args.save is None:
-        refuse("--save: say where to write, as in --save benchmark/results/ppo")
+        common.refuse("--save: say where to write, as in --save benchmark/results/ppo")
     if args.save is not None and not args.run_dirs:
-        refuse(f"--save {args.save}: there are no runs to write about; name their folders")
+        common.refuse(f"--save {args.save}: there are no runs to write about; name their folders")
 
     if args.run_dirs:
         write_report(args)

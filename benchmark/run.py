@@ -44,16 +44,6 @@ import common
 import submitit
 import torch.distributed
 import tyro
-from common import (
-    KEEPING,
-    check_save,
-    check_writable,
-    count_steps,
-    load_script,
-    read_checkpoint,
-    read_evaluation,
-    refuse,
-)
 from tqdm import tqdm
 
 RUNS = Path("runs")
@@ -123,15 +113,17 @@ class Args:
             self.processes = max(1, self.gpus)
         self.check("processes")
         if self.nodes > 1 and not self.slurm:
-            refuse(f"--nodes {self.nodes}: only Slurm has several; add --slurm")
+            common.refuse(f"--nodes {self.nodes}: only Slurm has several; add --slurm")
         if parse_minutes(self.time) < 1:
-            refuse(f"--time {self.time}: must be minutes, HH:MM:SS or D-HH:MM:SS, a minute or more")
+            common.refuse(
+                f"--time {self.time}: must be minutes, HH:MM:SS or D-HH:MM:SS, a minute or more"
+            )
 
     def check(self, name: str, low: int = 1) -> None:
         """Refuses an argument that is less than that."""
         value = getattr(self, name)
         if value < low:
-            refuse(f"--{name.replace('_', '-')} {value}: must be at least {low}")
+            common.refuse(f"--{name.replace('_', '-')} {value}: must be at least {low}")
 
 
 def parse_minutes(text: str) -> int:
@@ -183,7 +175,7 @@ class Job:
 
         # What the script makes of its command line
         words = command[command.index(self.script) + 1 :]
-        args = tyro.cli(load_script(self.script).Args, args=words, prog=self.script)
+        args = tyro.cli(common.load_script(self.script).Args, args=words, prog=self.script)
         self.num_iterations = args.num_iterations
         if args.num_envs % (processes * nodes) != 0:
             raise ValueError(
@@ -196,7 +188,7 @@ class Job:
 
     def find_run(self) -> tuple[Path | None, bool]:
         """-> the latest run with these arguments, and whether it is finished."""
-        script = load_script(self.script)
+        script = common.load_script(self.script)
         wanted = leave_out_keeping(self.args)
         run_dirs = sorted(RUNS.glob(f"{glob.escape(self.name)}__*"), reverse=True)
         for run_dir in run_dirs:
@@ -214,7 +206,7 @@ class Job:
 
     def is_evaluated(self, run_dir: Path) -> bool:
         """-> whether so many episodes were played with the last checkpoint of that run."""
-        line = read_evaluation(run_dir, count_steps(read_checkpoint(run_dir)))
+        line = common.read_evaluation(run_dir, common.count_steps(common.read_checkpoint(run_dir)))
         return line is not None and line.episodes >= self.episodes
 
     def lock(self) -> io.TextIOBase:
@@ -402,7 +394,7 @@ def find_first_node() -> tuple[str, int]:
 
 def leave_out_keeping(args: dict) -> dict:
     """-> the arguments of a script that say what is trained."""
-    return {name: value for name, value in args.items() if name not in KEEPING}
+    return {name: value for name, value in args.items() if name not in common.KEEPING}
 
 
 class Queue:
@@ -529,7 +521,7 @@ def check_cpus(args: Args) -> None:
         command += f" --partition {shlex.quote(args.partition)}"
     cores = max(map(int, ask_slurm(command)), default=0)
     if args.cpus > cores:
-        refuse(f"--cpus {args.cpus}: no node of the partition has more than {cores} cores")
+        common.refuse(f"--cpus {args.cpus}: no node of the partition has more than {cores} cores")
 
 
 def make_executor(args: Args, **others) -> submitit.SlurmExecutor:
@@ -586,14 +578,14 @@ def submit(args: Args, jobs: list[Job], all_jobs: list[Job]) -> None:
             report = reporter.submit(write_report, all_jobs, args.save)
             print(f"submitted the report of all, {args.save}, as job {report.job_id}")
     except (RuntimeError, OSError, submitit.core.utils.FailedJobError) as error:
-        refuse(f"--slurm: {error}")
+        common.refuse(f"--slurm: {error}")
 
 
 def count_threads(args: Args, script: str) -> int:
     """-> threads of each process. Raises ValueError if the script is none."""
     if args.threads is not None:
         return args.threads
-    if "use_one_thread" in vars(load_script(script)):  # its network is too small for more
+    if "use_one_thread" in vars(common.load_script(script)):  # its network is too small for more
         return 1
     cores = args.cpus if args.slurm else (os.cpu_count() or 1) // (args.workers or 1)
     return max(1, cores // args.processes)
@@ -603,9 +595,9 @@ def make_jobs(args: Args) -> list[Job]:
     """-> a job for every environment and seed; refuses what is no training."""
     command = shlex.split(args.command)
     if not command or shutil.which(command[0]) is None:
-        refuse(f"--command {args.command}: there is no such program")
+        common.refuse(f"--command {args.command}: there is no such program")
     if RUNS.exists() and not RUNS.is_dir():
-        refuse(f"{RUNS}: is a file, where the folder of the runs should be")
+        common.refuse(f"{RUNS}: is a file, where the folder of the runs should be")
 
     jobs = []
     for seed in range(args.start_seed, args.start_seed + args.num_seeds):
@@ -616,13 +608,13 @@ def make_jobs(args: Args) -> list[Job]:
                 job = Job(words, args.threads, args.evaluate, args.processes, args.nodes)
                 job.threads = count_threads(args, job.script)
             except ValueError as error:
-                refuse(f"--command: {error}")
+                common.refuse(f"--command: {error}")
             jobs.append(job)
 
     # By the names that the script gives them: it may know one environment by two names
     names = {job.name for job in jobs}
     if len(names) < len(jobs):
-        refuse(f"--env-ids {' '.join(args.env_ids)}: the same environment twice")
+        common.refuse(f"--env-ids {' '.join(args.env_ids)}: the same environment twice")
     return jobs
 
 
@@ -641,9 +633,9 @@ def write_report(jobs: list[Job], save: Path) -> None:
 def main(args: Args) -> int:
     """-> the exit code."""
     jobs = make_jobs(args)
-    check_writable(LOGS / "new", "logs:")
+    common.check_writable(LOGS / "new", "logs:")
     if args.save is not None:
-        check_save(args.save)
+        common.check_save(args.save)
     todo = [job for job in jobs if not job.is_done()]
     print(f"{len(jobs)} runs, of which {len(jobs) - len(todo)} are finished", flush=True)
 

@@ -40,7 +40,6 @@ from typing import Any, Literal
 import common
 import gymnasium as gym
 import tyro
-from common import ROOT, check_writable, describe_machine, find_commit, refuse
 from tqdm import tqdm
 
 # Environment steps of one run, about a minute or less
@@ -96,15 +95,15 @@ class Args:
 
     def __post_init__(self):
         if self.repeats < 1:
-            refuse(f"--repeats {self.repeats}: must be at least 1")
+            common.refuse(f"--repeats {self.repeats}: must be at least 1")
         for name in self.leave_out:
             if name not in OPTIONS:
-                refuse(f"--leave-out {name}: is none of {', '.join(OPTIONS)}")
+                common.refuse(f"--leave-out {name}: is none of {', '.join(OPTIONS)}")
         if min(self.processes, default=0) < 1:
-            refuse(f"--processes {' '.join(map(str, self.processes))}: must be at least 1")
+            common.refuse(f"--processes {' '.join(map(str, self.processes))}: must be at least 1")
         names = [contestant.name for contestant in list_contestants(self)]
         if self.contestant is not None and self.contestant not in names:
-            refuse(f"--contestant {self.contestant}: is none of {', '.join(names)}")
+            common.refuse(f"--contestant {self.contestant}: is none of {', '.join(names)}")
 
 
 @dataclass(frozen=True)
@@ -127,7 +126,7 @@ def list_contestants(args: Args) -> list[Contestant]:
         contestants.append(Contestant(SBX, SBX))
 
     # The script with each of its options for speed, and as fast as it can be
-    fields = vars(common.load_script(ROOT / f"{args.script}.py").Args)
+    fields = vars(common.load_script(common.ROOT / f"{args.script}.py").Args)
     known = [name for name in OPTIONS if name in fields and name not in args.leave_out]
     fastest = tuple(name for name in ("amp", "compile") if name in known)
     ways = [(), *((name,) for name in known), fastest]
@@ -156,7 +155,7 @@ def make_contestant(script: str, options: tuple[str, ...] = (), processes: int =
 
 def load_script(args: Args, name: str) -> tuple[ModuleType, Any]:
     """-> the script of that name, and its Args for one run."""
-    script = common.load_script(ROOT / f"{name}.py")
+    script = common.load_script(common.ROOT / f"{name}.py")
     steps = STEPS[args.script] if args.steps is None else args.steps
     script_args = script.Args(total_timesteps=steps, cuda=args.cuda)
 
@@ -170,18 +169,20 @@ def load_script(args: Args, name: str) -> tuple[ModuleType, Any]:
 def check_args(args: Args) -> None:
     """Refuses what would fail when some of the runs are measured already."""
     for name in {args.script, BESIDE.get(args.script, args.script)}:
-        script = common.load_script(ROOT / f"{name}.py")
+        script = common.load_script(common.ROOT / f"{name}.py")
         needed = 2 * script.Args().batch_size  # the first iteration is left out
         if args.steps is not None and args.steps < needed:
-            refuse(f"--steps {args.steps}: must be at least two rollouts of {name}.py, {needed}")
+            common.refuse(
+                f"--steps {args.steps}: must be at least two rollouts of {name}.py, {needed}"
+            )
 
         _, script_args = load_script(args, name)
         script.make_envs(replace(script_args, num_envs=1, num_minibatches=1)).close()
         for number in args.processes:
             if script_args.num_envs % number != 0:
-                refuse(f"--processes {number}: must divide {name}.py's --num-envs")
+                common.refuse(f"--processes {number}: must divide {name}.py's --num-envs")
     if args.save is not None:
-        check_writable(args.save, "--save")
+        common.check_writable(args.save, "--save")
 
 
 def measure_script(args: Args, contestant: Contestant) -> float | None:
@@ -363,9 +364,9 @@ def save_record(
 
     record = {
         "command": shlex.join(["python", "benchmark/speed.py", *sys.argv[1:]]),
-        "commit": find_commit(),
+        "commit": common.find_commit(),
         "date": datetime.date.today().isoformat(),
-        "machine": ", ".join([describe_machine(), *versions]),
+        "machine": ", ".join([common.describe_machine(), *versions]),
         "script": args.script,
         "env_id": script_args.env_id,
         "steps": script_args.total_timesteps,
@@ -440,7 +441,7 @@ def read_record(path: Path) -> dict:
         record = json.loads(path.read_text())
         record["script"], record["steps_per_second"]
     except (OSError, ValueError, KeyError) as error:
-        refuse(f"--table {path}: {type(error).__name__}, {error}")
+        common.refuse(f"--table {path}: {type(error).__name__}, {error}")
     return record
 
 

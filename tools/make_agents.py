@@ -32,9 +32,9 @@ ROOT = Path(__file__).resolve().parent.parent
 AGENTS = ROOT / "docs" / "agents"
 sys.path.insert(0, str(ROOT / "benchmark"))
 
+import common  # noqa: E402
 import evaluate  # noqa: E402
 import report  # noqa: E402
-from common import count_steps, describe_machine, read_checkpoint, refuse  # noqa: E402
 
 MAX_BYTES = 600_000  # of a film
 
@@ -84,7 +84,7 @@ def train(name: str) -> Path:
     before = set(Path("runs").glob("*"))
     command = [sys.executable, str(ROOT / ALL[name].script), "--env-id", name]
     if subprocess.run(command).returncode != 0:
-        refuse(f"{name}: its training has failed")
+        common.refuse(f"{name}: its training has failed")
     (run_dir,) = set(Path("runs").glob(f"{name}__*")) - before
     return run_dir
 
@@ -93,9 +93,11 @@ def check_run(name: str, run_dir: Path) -> None:
     """Refuses the run of another environment or script."""
     checkpoint = torch.load(run_dir / "checkpoint.pt", map_location="cpu", weights_only=True)
     if checkpoint["args"]["env_id"] != name:
-        refuse(f"{run_dir}: was trained on {checkpoint['args']['env_id']}, not on {name}")
+        common.refuse(f"{run_dir}: was trained on {checkpoint['args']['env_id']}, not on {name}")
     if f"{checkpoint['script']}.py" != ALL[name].script:
-        refuse(f"{run_dir}: was made by {checkpoint['script']}.py, not by {ALL[name].script}")
+        common.refuse(
+            f"{run_dir}: was made by {checkpoint['script']}.py, not by {ALL[name].script}"
+        )
 
 
 def copy_checkpoint(run_dir: Path, folder: Path) -> None:
@@ -130,7 +132,7 @@ def make_loop(film: Path, agent: Agent, path: Path) -> None:
         path, save_all=True, append_images=others, duration=1000 // agent.fps, loop=0, quality=60
     )
     if path.stat().st_size > MAX_BYTES:
-        refuse(f"{path}: has {path.stat().st_size:,} bytes, more than {MAX_BYTES:,}")
+        common.refuse(f"{path}: has {path.stat().st_size:,} bytes, more than {MAX_BYTES:,}")
 
 
 def make_agent(name: str, run_dir: Path, episodes: int) -> dict:
@@ -146,11 +148,11 @@ def make_agent(name: str, run_dir: Path, episodes: int) -> dict:
     if not ALL[name].small:
         (folder / "checkpoint.pt").unlink()
 
-    run, _ = report.read_run(run_dir, describe_machine())
+    run, _ = report.read_run(run_dir, common.describe_machine())
     return {
         "script": ALL[name].script,
         "command": run["command"],
-        "steps": count_steps(read_checkpoint(run_dir)),
+        "steps": common.count_steps(common.read_checkpoint(run_dir)),
         "hours": round(float(run["hours"]), 3),
         "commit": run["commit"],
         "date": run["date"],
@@ -185,9 +187,9 @@ def main(args: Args) -> None:
     """Makes the agents one after the other; what is done is kept if a later one fails."""
     for name in args.names:
         if name not in ALL:
-            refuse(f"{name}: is none of {', '.join(ALL)}")
+            common.refuse(f"{name}: is none of {', '.join(ALL)}")
     if args.run is not None and len(args.names) != 1:
-        refuse(f"--run {args.run}: takes one name")
+        common.refuse(f"--run {args.run}: takes one name")
 
     path = AGENTS / "agents.json"
     for name in args.names:

@@ -31,7 +31,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "benchmark"))
 
 import ablations  # noqa: E402
-from common import refuse  # noqa: E402
+import common  # noqa: E402
 
 SCRIPTS = sorted(path.name for path in ROOT.glob("ppo*.py"))
 BASELINES = "https://github.com/openai/baselines/blob"
@@ -104,7 +104,7 @@ def move_links(pages: Path, text: str, source: str, page: str) -> str:
         path, hash_sign, anchor = target.partition("#")
         path = os.path.normpath(Path(source).parent / path)
         if not (ROOT / path).exists():
-            refuse(f"{source}: leads to {target}, which is not there")
+            common.refuse(f"{source}: leads to {target}, which is not there")
         return f"]({make_link(place_file(pages, path) + hash_sign + anchor, page)})"
 
     code = r"```.*?^ *```|`[^`\n]*`"
@@ -125,7 +125,7 @@ def cut_section(text: str, title: str) -> str:
     """-> what stands under a heading of the second rank, without the heading."""
     found = re.search(rf"^## {re.escape(title)}\n(.*?)(?=^## |\Z)", text, re.M | re.S)
     if found is None:
-        refuse(f"there is no section '{title}'")
+        common.refuse(f"there is no section '{title}'")
     return found[1].strip() + "\n"
 
 
@@ -152,7 +152,7 @@ def read_details() -> list[Detail]:
             scripts = SCRIPTS if where == "every script" else re.findall(r"`(\w+\.py)`", where)
             details.append(Detail(number, name, scripts, why, source, tests))
     if not details:
-        refuse("docs/details.md: there is no table of details")
+        common.refuse("docs/details.md: there is no table of details")
     return details
 
 
@@ -190,7 +190,9 @@ def cut_detail(script: str, number: str) -> list[tuple[int, str]]:
         code = "\n".join(line[margin:] for line in lines[index:end])
         found.append((index + 1, code))
     if not found:
-        refuse(f"{script}: detail {number} is not marked, but docs/details.md says it is there")
+        common.refuse(
+            f"{script}: detail {number} is not marked, but docs/details.md says it is there"
+        )
     return found
 
 
@@ -332,7 +334,7 @@ def find_extra(script: str) -> str | None:
     for extra, pins in project["optional-dependencies"].items():
         if set(pins) == needed:
             return extra
-    refuse(f"{script}: no extra of pyproject.toml has what it needs beside the base")
+    common.refuse(f"{script}: no extra of pyproject.toml has what it needs beside the base")
 
 
 def show_arguments(script: str) -> str:
@@ -502,7 +504,7 @@ def make_comparisons(pages: Path) -> None:
     """A page for each pair of README.md, and one that leads to them."""
     pairs = read_pairs()
     if not pairs:
-        refuse("README.md: there is no `diff a b  # words`")
+        common.refuse("README.md: there is no `diff a b  # words`")
     scripts = {name: read_script(name, read(name)) for name in SCRIPTS}
 
     rows = []
@@ -661,11 +663,11 @@ def build(folder: Path) -> None:
     config = tomllib.loads((folder / "zensical.toml").read_text())["project"]
     for page in find_pages(config["nav"]):
         if not (folder / config["docs_dir"] / page).is_file():
-            refuse(f"zensical.toml: names the page {page}, which is not there")
+            common.refuse(f"zensical.toml: names the page {page}, which is not there")
 
     command = [sys.executable, "-m", "zensical", "build", "--clean", "--strict"]
     if subprocess.run(command, cwd=folder).returncode != 0:
-        refuse("Zensical did not build the site; what it says above is to be mended")
+        common.refuse("Zensical did not build the site; what it says above is to be mended")
 
 
 def find_pages(nav: list) -> list[str]:
