@@ -16,8 +16,8 @@ import pytest
 import torch
 import tyro
 from ablations import DOMAINS, Variant
+from common import load_script
 from conftest import ROOT, load, train_in
-from run import load_script
 
 VARIANTS = [variant for domain in DOMAINS.values() for variant in domain.variants]
 FLAGS_OF_ALL = {v.script: domain.flags for domain in DOMAINS.values() for v in domain.variants}
