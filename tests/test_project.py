@@ -607,6 +607,22 @@ def test_effects_on_hopper_told_in_words_were_measured():
     ) in text
 
 
+def test_clipping_of_the_ratio_told_in_words_was_measured():
+    """Fails when README.md tells other tasks that need detail 8, or do not, than were measured."""
+    effects = {}
+    for domain in ("classic", "mujoco", "microrts"):
+        effects |= find_effects(domain, "mean_return")["8: no clipping of the ratio"]
+    needed = {env_id for env_id, change in effects.items() if change["sign"] < 0}
+    assert needed == {"Hopper-v4", "MicrortsProduceCombatUnitsShapedReward-v1"}
+    assert {"CartPole-v1", "Acrobot-v1", "LunarLander-v3"} < effects.keys() - needed
+    assert all(change["sign"] <= 0 for change in effects.values())
+    readme = " ".join((ROOT / "README.md").read_text().split())
+    assert (
+        "No difference is seen at the end of classic control without clipping of the ratio (8),"
+        " which Hopper and combat units do need."
+    ) in readme
+
+
 def test_lambdas_told_in_words_were_measured():
     """Fails when there is a lambda that does as well as 0.95 on all tasks."""
     effects = {}
