@@ -693,11 +693,17 @@ def compute_changes(lines: pd.DataFrame) -> pd.DataFrame:
 def split_changes(lines: pd.DataFrame, env_ids: list[str]) -> dict[str, pd.DataFrame]:
     """Lines of one domain -> {title of a panel: its rows of compute_changes}.
 
-    The mean over environments comes first, if there are several. A panel without rows is left out.
+    The mean over environments comes first, if there are several, without those that have fewer than
+    half of the variants of another: a mean needs a variant on each. A panel without rows is left
+    out.
     """
     parts = {env_id: compute_changes(lines[lines.env_id == env_id]) for env_id in env_ids}
-    if len(env_ids) > 1:
-        parts = {"mean over environments": compute_changes(lines)} | parts
+    most = max(map(len, parts.values()), default=0)
+    in_mean = [env_id for env_id in env_ids if 2 * len(parts[env_id]) >= most]
+    if len(in_mean) > 1:
+        everywhere = len(in_mean) == len(env_ids)
+        name = "mean over environments" if everywhere else f"mean of {', '.join(in_mean)}"
+        parts = {name: compute_changes(lines[lines.env_id.isin(in_mean)])} | parts
     return {name: changes for name, changes in parts.items() if not changes.empty}
 
 

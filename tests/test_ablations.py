@@ -440,6 +440,26 @@ def test_figure(tmp_path, monkeypatch):
     assert hollow == [True, True, False]
 
 
+def test_mean_is_over_environments_that_have_most_variants():
+    """Fails when an environment of which one variant is trained hides those of the others."""
+    parts = []
+    for env_id in ("A", "B"):
+        parts.append(make_lines(env_id, "recipe", [100] * 5, 0))
+        parts += [make_lines(env_id, f"variant {i}", [50] * 5, 0) for i in range(4)]
+    parts.append(make_lines("C", "recipe", [100] * 5, 0))
+    parts.append(make_lines("C", "variant 0", [0] * 5, 0))
+    panels = ablations.split_changes(pd.concat(parts), ["A", "B", "C"])
+    assert list(panels) == ["mean of A, B", "A", "B", "C"]
+    assert panels["mean of A, B"].change.tolist() == [-0.5] * 4
+    assert panels["C"].change.tolist() == [-1]
+
+    parts.append(make_lines("C", "variant 1", [0] * 5, 0))
+    panels = ablations.split_changes(pd.concat(parts), ["A", "B", "C"])
+    assert list(panels) == ["mean over environments", "A", "B", "C"]
+    mean = panels["mean over environments"].set_index("label").change
+    assert mean.to_dict() == pytest.approx({"9: variant 0": -2 / 3, "9: variant 1": -2 / 3})
+
+
 def test_overview(tmp_path, monkeypatch):
     """Fails when a row or column is missing or out of order, or a cell says more than is known."""
     nearly = [500, 501, 502, 503, 504]
