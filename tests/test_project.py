@@ -531,6 +531,15 @@ def test_effects_on_hopper_told_in_words_were_measured():
     assert all(cheetah[label]["sign"] < 0 for label in (stored, minibatch, unnormalised))
     assert cheetah[lambda_0]["sign"] > 0
 
+    # How fast it is learned
+    speeds = {label: of["Hopper-v4"] for label, of in find_effects("mujoco", "auc").items()}
+    apart, lambda_1 = "11: each network clipped by itself", "5: lambda 1"
+    assert {label for label, change in speeds.items() if change["sign"] > 0} == {apart}
+    slower = {label for label, change in speeds.items() if change["sign"] < 0}
+    assert slower == {lambda_1, unscaled, four, stored, minibatch, unclipped_ratio, lambda_0}
+    assert hopper[apart]["sign"] == cheetah[apart]["sign"] == 0
+    assert speeds[apart]["low"] < 0.01 and speeds[lambda_1]["high"] > -0.01
+
     # A loss that may be chance, since hardly an epoch was left out
     stopped = hopper[early_stopping]
     assert -0.01 < stopped["high"] < 0
@@ -539,7 +548,7 @@ def test_effects_on_hopper_told_in_words_were_measured():
     assert set(counts.run) == set(lines[lines.detail == "A3"].run)
     (epochs,) = counts.epochs_of_the_recipe.unique()
     left_out = epochs - counts.epochs
-    words = f"of {epochs:,} epochs it left out {left_out.min()} to {left_out.max()} a seed"
+    words = f"of {epochs:,} epochs, it left out {left_out.min()} to {left_out.max()} a seed"
     assert words in text
 
     # Where nothing is seen
