@@ -35,7 +35,7 @@ import subprocess
 import sys
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -412,16 +412,20 @@ class Queue:
         failed = 0
         bar = tqdm(total=len(self.jobs), unit=" runs", disable=None)
         with ThreadPoolExecutor(self.workers) as pool, bar:
-            futures = {pool.submit(self.train, job): job for job in self.jobs}
             try:
-                for future in as_completed(futures):
-                    finished = future.result()
-                    if not finished:
-                        failed += 1
-                    self.show(futures[future], finished)
-                    state = f"{len(self.children)} running, {failed} failed"
-                    bar.set_postfix_str(state, refresh=False)
-                    bar.update()
+                futures = {pool.submit(self.train, job): job for job in self.jobs}
+                pending = set(futures)
+                while pending:
+                    # Not for ever: a Ctrl-C just before a wait begins shows only when it ends
+                    done, pending = wait(pending, timeout=0.5, return_when=FIRST_COMPLETED)
+                    for future in done:
+                        finished = future.result()
+                        if not finished:
+                            failed += 1
+                        self.show(futures[future], finished)
+                        state = f"{len(self.children)} running, {failed} failed"
+                        bar.set_postfix_str(state, refresh=False)
+                        bar.update()
             except BaseException:
                 self.stop()
                 raise

@@ -9,6 +9,8 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -268,6 +270,26 @@ def test_nobody_trains_a_run_twice_at_a_time(tmp_path):
     third.send_signal(signal.SIGINT)
     third.communicate(timeout=60)
     assert len(runs(tmp_path)) == 1
+
+
+def test_a_ctrl_c_that_wakes_nobody_is_seen():
+    """Fails when a Ctrl-C just before the queue waits is lost, so that the runs go on."""
+
+    class Sleep:
+        """A run of a minute, whose first second brings a Ctrl-C."""
+
+        def start(self):
+            # Another thread takes the signal: the one that waits is not woken, as if it had come
+            # just before
+            threading.Timer(1, signal.raise_signal, [signal.SIGINT]).start()
+            return subprocess.Popen(["sleep", "60"])
+
+        start_evaluation = None
+
+    begin = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        run_module.Queue([Sleep()], workers=1).run()
+    assert time.monotonic() - begin < 30
 
 
 @pytest.mark.parametrize(
