@@ -672,7 +672,7 @@ def test_effects_on_walker2d_told_in_words_were_measured():
     recipe = ends["full: recipe"]
     assert f"end at {recipe[0]:,.0f} to {recipe[-1]:,.0f}, and of twelve variants:" in text
 
-    # Nearly all is missing, as on Hopper; HalfCheetah misses half of these
+    # Most is missing, as on Hopper; HalfCheetah misses half of these
     great = [
         "5: lambda 0",
         "6: one minibatch",
