@@ -470,6 +470,7 @@ def find_effects(
         full = lines[(lines.env_id == env_id) & (lines.detail == "full")]
         change = ablations.compute_change(full, of_variant)
         assert change["seeds"] >= 5, label
+        assert sorted(of_variant.seed) == list(range(1, change["seeds"] + 1)), (env_id, label)
         change["sign"] = int(np.sign(change["low"])) if change["low"] * change["high"] > 0 else 0
         effects.setdefault(label, {})[env_id] = change
     return effects
