@@ -292,6 +292,33 @@ def test_a_ctrl_c_that_wakes_nobody_is_seen():
     assert time.monotonic() - begin < 30
 
 
+def test_a_ctrl_c_while_the_runs_begin_stops_them(monkeypatch):
+    """Fails when a Ctrl-C before the last run is handed out lets those before it go on."""
+
+    class Sleep:
+        """A run of a minute."""
+
+        def start(self):
+            return subprocess.Popen(["sleep", "60"])
+
+        start_evaluation = None
+
+    submit = run_module.ThreadPoolExecutor.submit
+    queue = run_module.Queue([Sleep(), Sleep()], workers=2)
+
+    def submit_or_interrupt(pool, train, job):
+        if job is queue.jobs[1]:
+            wait_until(lambda: queue.children)
+            raise KeyboardInterrupt
+        return submit(pool, train, job)
+
+    monkeypatch.setattr(run_module.ThreadPoolExecutor, "submit", submit_or_interrupt)
+    begin = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        queue.run()
+    assert time.monotonic() - begin < 30
+
+
 @pytest.mark.parametrize(
     ("options", "script", "threads"),
     [
