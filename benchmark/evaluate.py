@@ -6,7 +6,8 @@
 
 Actions are sampled, as in training, so that the returns compare with training's; --greedy takes the
 most likely action instead, or the mean of the Gaussian. The statistics by which a script normalises
-are those of the checkpoint, frozen. Returns are raw sums of rewards: not scaled, not clipped.
+are those of the checkpoint, frozen; who was trained with --amp plays in half precision. Returns are
+raw sums of rewards: not scaled, not clipped.
 
 Atari is played by whole games, as the published numbers are: a lost life ends no episode here, and
 rewards are not clipped. The wrappers are those of training, with random no-ops at the start, and
@@ -226,6 +227,7 @@ def play_run(args: Args) -> tuple[np.ndarray, int, float, dict]:
         envs = make_envs_of_run(script, checkpoint, min(args.num_envs, args.episodes), films)
         agent = script.Agent(envs.single_observation_space, envs.single_action_space)
         agent.load_state_dict(checkpoint["agent"])
+        agent.amp = checkpoint["args"].get("amp", False)  # plays in the precision it learned in
         if films is not None:
             film_episodes(envs, args.episodes)
 

@@ -1,5 +1,6 @@
 """--amp: the convolutional networks compute in bfloat16, all else in float32."""
 
+import evaluate
 import pytest
 import torch
 from conftest import import_scripts, load, train_in
@@ -87,6 +88,23 @@ def test_the_same_bits_twice(name, tmp_path):
     runs = [train_in(MODULES[name], tmp_path / str(i), **SIZES, amp=True) for i in (1, 2)]
     first, second = (load(run_dir)["agent"] for run_dir in runs)
     assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+@pytest.mark.parametrize("amp", [False, True])
+def test_an_agent_plays_in_the_precision_it_learned_in(tmp_path, monkeypatch, amp):
+    """Fails when evaluate.py plays with another policy than the one that was trained."""
+    options = dict(env_id="Breakout-v5", amp=amp, cuda=False)
+    run_dir = train_in(MODULES["ppo_atari_envpool"], tmp_path, **SIZES, **options)
+    types = set()
+    play = evaluate.play
+
+    def play_and_look(agent, *others):
+        agent.network[0].register_forward_hook(lambda layer, args, out: types.add(out.dtype))
+        return play(agent, *others)
+
+    monkeypatch.setattr(evaluate, "play", play_and_look)
+    evaluate.evaluate(evaluate.Args(run_dir, episodes=1))
+    assert types == {torch.bfloat16 if amp else torch.float32}
 
 
 @pytest.mark.slow
