@@ -645,7 +645,7 @@ def test_effects_on_hopper_told_in_words_were_measured():
         " (A1), which is off by default."
     ) in readme
     assert "of classic control and the recipes of HalfCheetah and Hopper with ten:" in readme
-    assert "all were measured on HalfCheetah and Hopper, twelve of 25 on Walker2d." in readme
+    assert "all were measured on HalfCheetah and Hopper, twenty of 25 on Walker2d." in readme
     assert (
         "with clipped actions stored (27) two thirds of the gain are missing here, with one"
         " minibatch (6) half of it, without normalised observations (28) a quarter."
@@ -657,7 +657,7 @@ def test_effects_on_walker2d_told_in_words_were_measured():
     effects = find_effects("mujoco", "mean_return")
     walker = {label: of["Walker2d-v4"] for label, of in effects.items() if "Walker2d-v4" in of}
     assert {change["seeds"] for change in walker.values()} == {5}
-    assert len(effects) - 1 == 25 and len(walker) - 1 == 12
+    assert len(effects) - 1 == 25 and len(walker) - 1 == 20
     text = read_details()
     readme = " ".join((ROOT / "README.md").read_text().split())
 
@@ -671,7 +671,7 @@ def test_effects_on_walker2d_told_in_words_were_measured():
         for (detail, variant), runs in lines.groupby(["detail", "variant"])
     }
     recipe = ends["full: recipe"]
-    assert f"end at {recipe[0]:,.0f} to {recipe[-1]:,.0f}, and of twelve variants:" in text
+    assert f"end at {recipe[0]:,.0f} to {recipe[-1]:,.0f}, and of twenty variants:" in text
 
     # Most is missing, as on Hopper; HalfCheetah misses three of these six
     great = [
@@ -705,30 +705,68 @@ def test_effects_on_walker2d_told_in_words_were_measured():
     assert -0.6 < walker[annealed]["change"] < -0.5
     for label in (unnormalised, lambda_1):
         assert abs(walker[label]["change"] + 2 / 5) < 0.03, label
-    assert (
-        "Over the whole training, too, these nine are lower than the recipe, and no other." in text
-    )
-    throughout = find_effects("mujoco", "auc")
-    for changes in (walker, {label: throughout[label]["Walker2d-v4"] for label in walker}):
-        missing = {label for label, change in changes.items() if change["sign"] < 0}
-        assert missing == {*great, annealed, unnormalised, lambda_1}
+    assert "Over the whole training, too, these nine are lower than the recipe." in text
+    missing = {label for label, change in walker.items() if change["sign"] < 0}
+    assert missing == {*great, annealed, unnormalised, lambda_1}
     assert (
         "Walker2d loses more than three quarters of the gain without scaled rewards (30), without"
         " clipping of the ratio (8), with lambda 0 (5), with one minibatch (6) or if clipped"
         " actions are stored (27). It loses more than half with an annealed clip range (A1), and"
-        " two fifths without normalised observations (28) or with lambda 1 (5)."
+        " two fifths without normalised observations (28) or with lambda 1 (5). It is learned more"
+        " slowly without advantage normalisation (7) and with a constant learning rate (4)."
     ) in readme
 
-    # Where nothing is seen
-    unclipped_gradient, trunk = "11: no gradient clipping", "26: shared trunk"
-    limits = "time limits: bootstrapped"
-    unseen = {label for label, change in walker.items() if change["sign"] == 0}
-    assert unseen == {"full: recipe", unclipped_gradient, trunk, limits}
+    # What is seen over the whole training only
+    throughout = find_effects("mujoco", "auc")
+    throughout = {label: throughout[label]["Walker2d-v4"] for label in walker}
+    constant, raw_advantages = "4: constant learning rate", "7: no advantage normalisation"
+    slower = {label for label, change in throughout.items() if change["sign"] < 0}
+    assert slower == {*missing, constant, raw_advantages}
+    assert all(change["sign"] <= 0 for change in throughout.values())
+    words = (
+        "the return is {:.0f} % lower with a constant learning rate (4), {:.0f} % without advantage"
+        " normalisation (7). At the end it is {:.0f} and {:.0f} % lower, by intervals that hold"
+        " zero."
+    )
+    both = [of[label] for of in (throughout, walker) for label in (constant, raw_advantages)]
+    assert words.format(*(-100 * change["change"] for change in both)) in text
+    microrts = find_effects("microrts", "mean_return")[constant]
+    elsewhere = [effects[constant]["HalfCheetah-v4"], *microrts.values()]
+    assert [change["sign"] for change in elsewhere] == [1, 1, 1]
+
+    # Single seeds
+    behind = [
+        "2: initialisation of PyTorch",
+        "9: no value clipping",
+        "24: deviation depends on the state",
+        raw_advantages,
+        "31: no reward clipping",
+    ]
+    lowest = [ends[label][0] for label in behind]
+    others = [end for label in behind for end in ends[label][1:]]
+    words = "one of five ends at {:,.0f} to {:,.0f}, the others at {:,.0f} to {:,.0f}."
+    assert words.format(min(lowest), max(lowest), min(others), max(others)) in text
+
+    replaced = "6: samples drawn with replacement"
+    words = "(6), three end at {:,.0f} to {:,.0f}, two at {:,.0f} and {:,.0f}."
+    assert words.format(ends[replaced][0], *ends[replaced][2:]) in text
+
+    # Where nothing is seen at the end
+    trunk, limits = "26: shared trunk", "time limits: bootstrapped"
+    unseen = {label for label, change in walker.items() if change["sign"] == 0} - {"full: recipe"}
+    assert unseen == {
+        *behind,
+        constant,
+        replaced,
+        "7: normalised over the rollout",
+        "11: no gradient clipping",
+        trunk,
+        limits,
+    }
     assert effects[trunk]["Hopper-v4"]["sign"] < 0
     assert effects[limits]["HalfCheetah-v4"]["sign"] > 0
-    words = "the intervals reach down to {:.0f}, {:.0f} and {:.0f} %."
-    lows = [100 * walker[label]["low"] for label in (unclipped_gradient, trunk, limits)]
-    assert words.format(*lows) in text
+    lows = [100 * walker[label]["low"] for label in unseen]
+    assert f"the intervals reach down to {max(lows):.0f} to {min(lows):.0f} %." in text
 
 
 def test_clipping_of_the_ratio_told_in_words_was_measured():
