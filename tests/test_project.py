@@ -645,7 +645,7 @@ def test_effects_on_hopper_told_in_words_were_measured():
         " (A1), which is off by default."
     ) in readme
     assert "of classic control and the recipes of HalfCheetah and Hopper with ten:" in readme
-    assert "all were measured on HalfCheetah and Hopper, twenty of 25 on Walker2d." in readme
+    assert "all were measured on HalfCheetah and Hopper, 22 of 25 on Walker2d." in readme
     assert (
         "with clipped actions stored (27) two thirds of the gain are missing here, with one"
         " minibatch (6) half of it, without normalised observations (28) a quarter."
@@ -657,7 +657,7 @@ def test_effects_on_walker2d_told_in_words_were_measured():
     effects = find_effects("mujoco", "mean_return")
     walker = {label: of["Walker2d-v4"] for label, of in effects.items() if "Walker2d-v4" in of}
     assert {change["seeds"] for change in walker.values()} == {5}
-    assert len(effects) - 1 == 25 and len(walker) - 1 == 20
+    assert len(effects) - 1 == 25 and len(walker) - 1 == 22
     text = read_details()
     readme = " ".join((ROOT / "README.md").read_text().split())
 
@@ -671,7 +671,7 @@ def test_effects_on_walker2d_told_in_words_were_measured():
         for (detail, variant), runs in lines.groupby(["detail", "variant"])
     }
     recipe = ends["full: recipe"]
-    assert f"end at {recipe[0]:,.0f} to {recipe[-1]:,.0f}, and of twenty variants:" in text
+    assert f"end at {recipe[0]:,.0f} to {recipe[-1]:,.0f}, and of 22 variants:" in text
 
     # Most is missing, as on Hopper; HalfCheetah misses three of these six
     great = [
@@ -713,7 +713,8 @@ def test_effects_on_walker2d_told_in_words_were_measured():
         " clipping of the ratio (8), with lambda 0 (5), with one minibatch (6) or if clipped"
         " actions are stored (27). It loses more than half with an annealed clip range (A1), and"
         " two fifths without normalised observations (28) or with lambda 1 (5). It is learned more"
-        " slowly without advantage normalisation (7) and with a constant learning rate (4)."
+        " slowly without advantage normalisation (7), with a constant learning rate (4) and with"
+        " TensorFlow's epsilon (3)."
     ) in readme
 
     # What is seen over the whole training only
@@ -721,14 +722,16 @@ def test_effects_on_walker2d_told_in_words_were_measured():
     throughout = {label: throughout[label]["Walker2d-v4"] for label in walker}
     constant, raw_advantages = "4: constant learning rate", "7: no advantage normalisation"
     slower = {label for label, change in throughout.items() if change["sign"] < 0}
-    assert slower == {*missing, constant, raw_advantages}
+    tensorflows, default = "3: epsilon as in TensorFlow", "3: epsilon 1e-8"
+    assert slower == {*missing, constant, raw_advantages, tensorflows}
     assert all(change["sign"] <= 0 for change in throughout.values())
     words = (
         "the return is {:.0f} % lower with a constant learning rate (4), {:.0f} % without advantage"
-        " normalisation (7). At the end it is {:.0f} and {:.0f} % lower, by intervals that hold"
-        " zero."
+        " normalisation (7), {:.0f} % with TensorFlow's epsilon (3). At the end it is {:.0f},"
+        " {:.0f} and {:.0f} % lower, by intervals that hold zero."
     )
-    both = [of[label] for of in (throughout, walker) for label in (constant, raw_advantages)]
+    three = constant, raw_advantages, tensorflows
+    both = [of[label] for of in (throughout, walker) for label in three]
     assert words.format(*(-100 * change["change"] for change in both)) in text
     microrts = find_effects("microrts", "mean_return")[constant]
     elsewhere = [effects[constant]["HalfCheetah-v4"], *microrts.values()]
@@ -751,6 +754,9 @@ def test_effects_on_walker2d_told_in_words_were_measured():
     words = "(6), three end at {:,.0f} to {:,.0f}, two at {:,.0f} and {:,.0f}."
     assert words.format(ends[replaced][0], *ends[replaced][2:]) in text
 
+    words = "1e-8 (3) one ends at {:,.0f}, with TensorFlow's three at {:,.0f} to {:,.0f}."
+    assert words.format(ends[default][0], ends[tensorflows][0], ends[tensorflows][2]) in text
+
     # Where nothing is seen at the end
     trunk, limits = "26: shared trunk", "time limits: bootstrapped"
     unseen = {label for label, change in walker.items() if change["sign"] == 0} - {"full: recipe"}
@@ -758,6 +764,8 @@ def test_effects_on_walker2d_told_in_words_were_measured():
         *behind,
         constant,
         replaced,
+        default,
+        tensorflows,
         "7: normalised over the rollout",
         "11: no gradient clipping",
         trunk,
