@@ -688,6 +688,7 @@ def test_effects_on_walker2d_told_in_words_were_measured():
     assert f"off, all seeds end at {min(seeds):,.0f} to {max(seeds):,.0f}:" in text
     losses = [-100 * walker[label]["change"] for label in great]
     assert f"{min(losses):.0f} to {max(losses):.0f} % of the gain are missing." in text
+    assert sum(end <= max(seeds) for end in recipe) == 2  # "only two end as low"
     for label in great:
         assert walker[label]["sign"] < 0 and effects[label]["Hopper-v4"]["sign"] < 0, label
     cheetah = {label: effects[label]["HalfCheetah-v4"]["sign"] for label in great}
