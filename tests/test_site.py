@@ -308,6 +308,35 @@ def test_agents_are_not_mistaken_for_one_another(capsys):
         assert words in capsys.readouterr().err
 
 
+def test_code_keeps_its_indentation(browser, site, address):
+    """Fails when a page shows the lines of a code block without the spaces they begin with."""
+    page = browser.new_page()
+    indented = 0
+    for path in find_html(site):
+        page.goto(f"{address}/{path}")
+        both = "blocks => blocks.map(block => [block.textContent, block.innerText])"
+        for written, shown in page.locator("pre code:visible").evaluate_all(both):
+            beginnings = re.findall("^ *(?=[^ \n])", written, re.MULTILINE)
+            assert re.findall("^ *(?=[^ \n])", shown, re.MULTILINE) == beginnings, (path, shown)
+            indented += sum(len(spaces) > 0 for spaces in beginnings)
+    assert indented > 1000
+    page.close()
+
+
+def test_line_numbers_are_beside_their_lines(browser, address):
+    """Fails when a line of a script is not at the height of its number, if only far down."""
+    page = browser.new_page()
+    tops = "lines => lines.map(line => line.getBoundingClientRect().top)"
+    for script in make_site.SCRIPTS:
+        page.goto(f"{address}/scripts/{Path(script).stem}-source.html")
+        numbers = page.locator(".highlighttable .linenos a").evaluate_all(tops)
+        lines = page.locator(".highlighttable code > span").evaluate_all(tops)
+        assert len(numbers) == len(lines) == len((ROOT / script).read_text().splitlines())
+        distances = [abs(number - line) for number, line in zip(numbers, lines, strict=True)]
+        assert max(distances) < 4, script  # of 19 pixels that a line is high
+    page.close()
+
+
 @pytest.mark.parametrize("width", [390, 1440])
 def test_films_in_tables_are_large_enough(width, browser, address):
     """Fails when long cells beside the agents at play shrink them."""
