@@ -12,9 +12,10 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import unquote, urldefrag, urlsplit
 
+import gymnasium as gym
 import pandas as pd
 import pytest
-from conftest import ROOT
+from conftest import ROOT, import_scripts
 from playwright.sync_api import sync_playwright
 
 sys.path.insert(0, str(ROOT / "tools"))
@@ -103,6 +104,36 @@ def test_every_link_and_anchor_is_there(site):
             if anchor and file.suffix == ".html" and not anchor.startswith("__"):
                 name = str(file.relative_to(site))
                 assert unquote(anchor) in anchors[name], (page, target)
+
+
+def describe_space(space: gym.Space) -> str:
+    """A space in the words of README.md's table: a grid has the size of the map."""
+    kind = f"`{type(space).__name__}`"
+    match space.shape:
+        case ():
+            return kind
+        case (8,) if kind == "`MultiDiscrete`":
+            return f"{kind}, eight choices"
+        case (_,):
+            return f"{kind}, any vector"
+        case (_, _, 27):
+            return f"{kind} [height, width, 27]"
+        case (channels, height, width):
+            return f"{kind} [{channels}, {height}, {width}]"
+
+
+def test_spaces_are_those_of_the_scripts(site):
+    """Fails when README.md's table, or a page, gives a script other observations or actions."""
+    for name, script in import_scripts().items():
+        envs = script.make_envs(script.Args())
+        observations = describe_space(envs.single_observation_space)
+        actions = describe_space(envs.single_action_space)
+        envs.close()
+        assert make_site.read_spaces(f"{name}.py") == (observations, actions), name
+
+        page = (site / "scripts" / f"{name}.html").read_text()
+        text = re.sub("</?code>", "`", page)
+        assert f"Observations: {observations}. Actions: {actions}." in text, name
 
 
 def write_small_site(folder: Path, text: str, nav: str) -> None:

@@ -407,6 +407,13 @@ def show_speed(script: str) -> str:
     return "".join(parts)
 
 
+def read_spaces(script: str) -> tuple[str, str]:
+    """-> the observations and the actions that a script is for, from README.md's table."""
+    row = rf"^\| \[{script}\]\({script}\) \| [^|]+ \| ([^|]+) \| ([^|]+) \|"
+    ((observations, actions),) = re.findall(row, read("README.md"), re.M)
+    return observations, actions
+
+
 def make_script_page(pages: Path, script: str, details: list[Detail], effects: list[dict]) -> None:
     """A page on one script, and one with its text."""
     stem = Path(script).stem
@@ -418,6 +425,8 @@ def make_script_page(pages: Path, script: str, details: list[Detail], effects: l
     install = f'pip install -e ".[{extra}]"' if extra else "pip install -e ."
 
     parts = [f"# {script}\n\n{title}\n\n"]
+    observations, actions = read_spaces(script)
+    parts.append(f"Observations: {observations}. Actions: {actions}.\n\n")
     agents = json.loads(read("docs/agents/agents.json"))
     for name, agent in agents.items():
         if agent["script"] == script:
