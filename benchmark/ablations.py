@@ -2,6 +2,7 @@
 
     python benchmark/ablations.py --list        # the variants, and how each is made
     python benchmark/ablations.py --workers 2   # trains them all; started again, goes on
+    python benchmark/ablations.py --slurm       # submits them to a Slurm cluster, and ends
     python benchmark/ablations.py --domain mujoco --variants 9 28-no-observation-normalisation
     python benchmark/ablations.py --report      # writes what is finished so far
     python benchmark/ablations.py --details     # writes docs/details.md's tables and overviews
@@ -49,7 +50,7 @@ import pandas as pd
 import tyro
 from matplotlib.colors import to_rgba
 from report import NoRunError, read_run
-from run import RUNS, Job, Queue
+from run import RUNS, Cluster, Job, Queue, check, submit
 from scipy import stats
 from tqdm import tqdm
 
@@ -422,8 +423,8 @@ class Args:
     """runs of a variant on each environment, if not as many as the domain has"""
     total_timesteps: int | None = None
     """environment steps of each run, if not the domain's"""
-    workers: int = 1
-    """runs at a time"""
+    workers: int | None = None
+    """runs at a time; if not given, one, or on Slurm all"""
     threads: int = 1
     """threads of each run"""
     save: Path = common.ROOT / "benchmark" / "results"
@@ -436,6 +437,7 @@ class Args:
     """train nothing, write the tables of docs/details.md"""
     list: bool = False
     """train nothing, print the variants"""
+    cluster: tyro.conf.OmitArgPrefixes[Cluster] = field(default_factory=lambda: Cluster(cpus=1))
 
     def __post_init__(self):
         domain = DOMAINS[self.domain]
@@ -445,11 +447,10 @@ class Args:
         if self.total_timesteps is None:
             self.total_timesteps = domain.total_timesteps
 
-        for name in ("num_seeds", "workers", "threads"):
-            if getattr(self, name) < 1:
-                common.refuse(
-                    f"--{name.replace('_', '-')} {getattr(self, name)}: must be at least 1"
-                )
+        check(self, "num_seeds")
+        check(self, "threads")
+        if self.workers is not None:
+            check(self, "workers")
 
 
 def choose_variants(args: Args) -> list[Variant]:
@@ -546,16 +547,18 @@ def leave_out_reported(jobs: list[tuple[Variant, Job]], args: Args) -> list[tupl
     return rest
 
 
-def train(jobs: list[tuple[Variant, Job]], args: Args) -> int:
-    """Trains what is neither finished nor in ablations.csv -> the exit code."""
+def find_unfinished(jobs: list[tuple[Variant, Job]], args: Args) -> list[Job]:
+    """-> the jobs that are neither finished nor in ablations.csv."""
     unreported = leave_out_reported(jobs, args)
-    unfinished = [job for _, job in unreported if find_result(job)[0] is None]
-    print(f"{len(jobs)} runs, of which {len(jobs) - len(unfinished)} are finished", flush=True)
+    return [job for _, job in unreported if find_result(job)[0] is None]
 
+
+def train(jobs: list[Job], workers: int) -> int:
+    """Trains them, so many at a time -> the exit code."""
     # A SIGTERM stops all as Ctrl-C does
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        failed = Queue(unfinished, args.workers).run()
+        failed = Queue(jobs, workers).run()
     except KeyboardInterrupt:
         print("stopped; started again, it goes on", file=sys.stderr)
         return 130
@@ -1004,7 +1007,12 @@ def main(args: Args) -> int:
     jobs = make_jobs(variants, args)
     exit_code = 0
     if not args.report:
-        exit_code = train(jobs, args)
+        unfinished = find_unfinished(jobs, args)
+        print(f"{len(jobs)} runs, of which {len(jobs) - len(unfinished)} are finished", flush=True)
+        if args.cluster.slurm and unfinished:
+            submit(unfinished, args.cluster, args.workers)
+            return 0
+        exit_code = train(unfinished, args.workers or 1)
     if exit_code != 130:
         write_report(jobs, args)
     return exit_code

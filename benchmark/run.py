@@ -35,8 +35,9 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import cloudpickle
@@ -53,8 +54,40 @@ PROGRAMS = Path(__file__).resolve().parent
 # Exit codes of a script that was asked to stop by SIGHUP, SIGINT or SIGTERM, and has saved
 STOPPED = (128 + signal.SIGHUP, 128 + signal.SIGINT, 128 + signal.SIGTERM)
 
-# A Slurm job carries this module along, because the node does not find it by its name
+# A Slurm job carries these modules along, because the node does not find them by their names
 cloudpickle.register_pickle_by_value(common)
+cloudpickle.register_pickle_by_value(sys.modules[__name__])
+
+
+@dataclass
+class Cluster:
+    """What runs ask of a Slurm cluster."""
+
+    slurm: bool = False
+    """submit the runs as one job array, and end"""
+    partition: str | None = None
+    """Slurm: partition"""
+    account: str | None = None
+    """Slurm: account that is charged"""
+    qos: str | None = None
+    """Slurm: quality of service"""
+    time: str = "24:00:00"
+    """Slurm: what a run may take before it is requeued, in minutes, HH:MM:SS or D-HH:MM:SS"""
+    cpus: int = 4
+    """Slurm: cores of a run, on each node"""
+    gpus: int = 0
+    """Slurm: GPUs of a run, on each node"""
+    memory: int = 16
+    """Slurm: GB of memory of a run, on each node"""
+
+    def __post_init__(self):
+        check(self, "cpus")
+        check(self, "memory")
+        check(self, "gpus", low=0)
+        if parse_minutes(self.time) < 1:
+            common.refuse(
+                f"--time {self.time}: must be minutes, HH:MM:SS or D-HH:MM:SS, a minute or more"
+            )
 
 
 @dataclass
@@ -77,53 +110,31 @@ class Args:
     """episodes that evaluate.py plays with the agent of each finished run"""
     save: Path | None = None
     """when all are finished, report.py writes its files under this name"""
-
-    slurm: bool = False
-    """submit the runs as one job array, and end"""
-    partition: str | None = None
-    """Slurm: partition"""
-    account: str | None = None
-    """Slurm: account that is charged"""
-    qos: str | None = None
-    """Slurm: quality of service"""
-    time: str = "24:00:00"
-    """Slurm: what a run may take before it is requeued, in minutes, HH:MM:SS or D-HH:MM:SS"""
     nodes: int = 1
     """Slurm: nodes of a run"""
-    cpus: int = 4
-    """Slurm: cores of a run, on each node"""
-    gpus: int = 0
-    """Slurm: GPUs of a run, on each node"""
-    memory: int = 16
-    """Slurm: GB of memory of a run, on each node"""
+    cluster: tyro.conf.OmitArgPrefixes[Cluster] = field(default_factory=Cluster)
 
     def __post_init__(self):
-        self.check("num_seeds")
-        self.check("nodes")
-        self.check("cpus")
-        self.check("memory")
-        self.check("evaluate", low=0)
-        self.check("gpus", low=0)
-        self.check("start_seed", low=0)
+        check(self, "num_seeds")
+        check(self, "nodes")
+        check(self, "evaluate", low=0)
+        check(self, "start_seed", low=0)
         if self.workers is not None:
-            self.check("workers")
+            check(self, "workers")
         if self.threads is not None:
-            self.check("threads")
+            check(self, "threads")
         if self.processes is None:
-            self.processes = max(1, self.gpus)
-        self.check("processes")
-        if self.nodes > 1 and not self.slurm:
+            self.processes = max(1, self.cluster.gpus)
+        check(self, "processes")
+        if self.nodes > 1 and not self.cluster.slurm:
             common.refuse(f"--nodes {self.nodes}: only Slurm has several; add --slurm")
-        if parse_minutes(self.time) < 1:
-            common.refuse(
-                f"--time {self.time}: must be minutes, HH:MM:SS or D-HH:MM:SS, a minute or more"
-            )
 
-    def check(self, name: str, low: int = 1) -> None:
-        """Refuses an argument that is less than that."""
-        value = getattr(self, name)
-        if value < low:
-            common.refuse(f"--{name.replace('_', '-')} {value}: must be at least {low}")
+
+def check(args: Cluster | Args, name: str, low: int = 1) -> None:
+    """Refuses an argument that is less than that."""
+    value = getattr(args, name)
+    if value < low:
+        common.refuse(f"--{name.replace('_', '-')} {value}: must be at least {low}")
 
 
 def parse_minutes(text: str) -> int:
@@ -518,71 +529,86 @@ def leave_out_queued(jobs: list[Job]) -> tuple[list[Job], set[str]]:
     return rest, arrays
 
 
-def check_cpus(args: Args) -> None:
+def check_cpus(cluster: Cluster) -> None:
     """Refuses what no node can give: such a job would wait for ever, and not say why."""
     command = "sinfo --noheader --Node --format=%c"
-    if args.partition is not None:
-        command += f" --partition {shlex.quote(args.partition)}"
+    if cluster.partition is not None:
+        command += f" --partition {shlex.quote(cluster.partition)}"
     cores = max(map(int, ask_slurm(command)), default=0)
-    if args.cpus > cores:
-        common.refuse(f"--cpus {args.cpus}: no node of the partition has more than {cores} cores")
+    if cluster.cpus > cores:
+        common.refuse(
+            f"--cpus {cluster.cpus}: no node of the partition has more than {cores} cores"
+        )
 
 
-def make_executor(args: Args, **others) -> submitit.SlurmExecutor:
-    """-> what submits jobs that take what args ask for. Raises RuntimeError without Slurm."""
+def make_executor(cluster: Cluster, **others) -> submitit.SlurmExecutor:
+    """-> what submits jobs that take what is asked for. Raises RuntimeError without Slurm."""
     executor = submitit.SlurmExecutor(folder=LOGS / "slurm", max_num_timeout=100)
     executor.update_parameters(
-        partition=args.partition,
-        account=args.account,
-        qos=args.qos,
-        time=parse_minutes(args.time),
-        mem=f"{args.memory}GB",
+        partition=cluster.partition,
+        account=cluster.account,
+        qos=cluster.qos,
+        time=parse_minutes(cluster.time),
+        mem=f"{cluster.memory}GB",
         **others,
     )
     return executor
 
 
-def submit(args: Args, jobs: list[Job], all_jobs: list[Job]) -> None:
-    """Submits the jobs as one Slurm job array, and one more job that writes the report of all."""
+@contextlib.contextmanager
+def refuse_what_slurm_refuses() -> Iterator[None]:
+    """Ends the program with what Slurm says, in one line."""
     try:
-        executor = make_executor(
-            args,
-            job_name=Path(jobs[0].script).stem,
-            array_parallelism=args.workers or len(jobs),
-            nodes=args.nodes,
-            cpus_per_task=args.cpus,
-            gpus_per_node=args.gpus or None,
-            additional_parameters={"requeue": True},
-        )
-        check_cpus(args)
-        waiting, arrays = leave_out_queued(jobs)
-        if len(waiting) < len(jobs):
-            print(f"{len(jobs) - len(waiting)} runs are in the queue already")
-        if not waiting:
-            return
-
-        with executor.batch():
-            submitted = [executor.submit(job) for job in waiting]
-        for job, task in zip(waiting, submitted, strict=True):
-            (LOGS / f"{job.name}.slurm").write_text(task.job_id)
-        array = submitted[0].job_id.split("_")[0]
-        print(f"submitted {len(submitted)} runs as job array {array}; logs in {LOGS}")
-
-        if args.save is not None:
-            arrays.add(array)
-            reporter = make_executor(
-                args,
-                job_name="report",
-                cpus_per_task=1,
-                additional_parameters={
-                    "dependency": "afterok:" + ":".join(sorted(arrays)),
-                    "kill-on-invalid-dep": "yes",
-                },
-            )
-            report = reporter.submit(write_report, all_jobs, args.save)
-            print(f"submitted the report of all, {args.save}, as job {report.job_id}")
+        yield
     except (RuntimeError, OSError, submitit.core.utils.FailedJobError) as error:
         common.refuse(f"--slurm: {error}")
+
+
+@refuse_what_slurm_refuses()
+def submit(jobs: list[Job], cluster: Cluster, workers: int | None) -> set[str]:
+    """Submits the jobs as one Slurm job array, of which so many run at a time.
+
+    -> that array, and those of jobs that were in the queue before; none if all jobs were.
+    """
+    executor = make_executor(
+        cluster,
+        job_name=Path(jobs[0].script).stem,
+        array_parallelism=workers or len(jobs),
+        nodes=jobs[0].nodes,
+        cpus_per_task=cluster.cpus,
+        gpus_per_node=cluster.gpus or None,
+        additional_parameters={"requeue": True},
+    )
+    check_cpus(cluster)
+    waiting, arrays = leave_out_queued(jobs)
+    if len(waiting) < len(jobs):
+        print(f"{len(jobs) - len(waiting)} runs are in the queue already")
+    if not waiting:
+        return set()
+
+    with executor.batch():
+        submitted = [executor.submit(job) for job in waiting]
+    for job, task in zip(waiting, submitted, strict=True):
+        (LOGS / f"{job.name}.slurm").write_text(task.job_id)
+    array = submitted[0].job_id.split("_")[0]
+    print(f"submitted {len(submitted)} runs as job array {array}; logs in {LOGS}")
+    return {*arrays, array}
+
+
+@refuse_what_slurm_refuses()
+def submit_report(jobs: list[Job], arrays: set[str], args: Args) -> None:
+    """Submits a job that writes the report of all jobs when those arrays have ended well."""
+    reporter = make_executor(
+        args.cluster,
+        job_name="report",
+        cpus_per_task=1,
+        additional_parameters={
+            "dependency": "afterok:" + ":".join(sorted(arrays)),
+            "kill-on-invalid-dep": "yes",
+        },
+    )
+    report = reporter.submit(write_report, jobs, args.save)
+    print(f"submitted the report of all, {args.save}, as job {report.job_id}")
 
 
 def count_threads(args: Args, script: str) -> int:
@@ -591,7 +617,10 @@ def count_threads(args: Args, script: str) -> int:
         return args.threads
     if "use_one_thread" in vars(common.load_script(script)):  # its network is too small for more
         return 1
-    cores = args.cpus if args.slurm else (os.cpu_count() or 1) // (args.workers or 1)
+    if args.cluster.slurm:
+        cores = args.cluster.cpus
+    else:
+        cores = (os.cpu_count() or 1) // (args.workers or 1)
     return max(1, cores // args.processes)
 
 
@@ -643,8 +672,10 @@ def main(args: Args) -> int:
     todo = [job for job in jobs if not job.is_done()]
     print(f"{len(jobs)} runs, of which {len(jobs) - len(todo)} are finished", flush=True)
 
-    if args.slurm and todo:
-        submit(args, todo, jobs)
+    if args.cluster.slurm and todo:
+        arrays = submit(todo, args.cluster, args.workers)
+        if arrays and args.save is not None:
+            submit_report(jobs, arrays, args)
         return 0
 
     # A SIGTERM stops all as Ctrl-C does

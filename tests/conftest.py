@@ -7,6 +7,7 @@ import contextlib
 import functools
 import importlib
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -158,3 +159,38 @@ def evaluate():
     import evaluate
 
     return lambda run_dir, **args: evaluate.evaluate(evaluate.Args(run_dir, **args))
+
+
+@pytest.fixture
+def slurm(tmp_path, monkeypatch):
+    """A folder with stand-ins for Slurm's commands on the path; `sbatch` keeps what it is given."""
+    programs = {
+        "srun": "",
+        "sbatch": 'cp "$1" submitted.sh; echo Submitted batch job 4711',
+        "scontrol": "echo $* > asked",
+        "squeue": "cat queue 2> /dev/null || true",
+        "sinfo": "echo 2; echo 4",
+    }
+    for name, body in programs.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    return tmp_path
+
+
+def find_slurm_job(folder: Path, task: int) -> tuple[list[str], dict]:
+    """-> the command of that job of the array that was submitted, and subprocess's options with
+    which it runs as on a node."""
+    submitted = (folder / "submitted.sh").read_text()
+    words = re.search(r"(\S+ -u -m submitit\S+ \S+)$", submitted).group().split()
+    environment = os.environ | {
+        "SUBMITIT_EXECUTOR": "slurm",
+        "SLURM_JOB_ID": "4711",
+        "SLURM_ARRAY_JOB_ID": "4711",
+        "SLURM_ARRAY_TASK_ID": str(task),
+        "SLURM_PROCID": "0",
+        "SLURM_LOCALID": "0",
+        "SLURM_NODEID": "0",
+    }
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    return words, {"cwd": folder, "env": environment, **quiet}

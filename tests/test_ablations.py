@@ -4,6 +4,7 @@ import functools
 import importlib
 import re
 import shutil
+import subprocess
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -17,7 +18,7 @@ import torch
 import tyro
 from ablations import DOMAINS, Variant
 from common import load_script
-from conftest import ROOT, load, train_in
+from conftest import ROOT, find_slurm_job, load, run, train_in
 
 VARIANTS = [variant for domain in DOMAINS.values() for variant in domain.variants]
 FLAGS_OF_ALL = {v.script: domain.flags for domain in DOMAINS.values() for v in domain.variants}
@@ -211,6 +212,29 @@ def test_the_queue_goes_seed_by_seed_and_the_full_recipe_is_first(tmp_path, monk
         ablations.choose_variants(ablations.Args(variants=["99"]))
 
 
+def test_slurm_trains_variants_too(slurm):
+    """Fails when Slurm's jobs are not the variants' runs, or cannot be reported when they end."""
+    words = "--variants 4 --env-ids CartPole-v1 --num-seeds 1 --total-timesteps 1024 --save out"
+    where = "--slurm --partition a100 --time 2:00:00 --workers 1"
+    script = "benchmark/ablations.py"
+    result = run(script, *words.split(), *where.split(), cwd=slurm)
+    assert result.returncode == 0, result.stderr
+    assert "submitted 2 runs as job array 4711" in result.stdout
+    submitted = (slurm / "submitted.sh").read_text()
+    for option in ("array=0-1%1", "partition=a100", "cpus-per-task=1", "time=120", "requeue"):
+        assert f"#SBATCH --{option}\n" in submitted, option
+    assert not (slurm / "out").exists()
+
+    for task in (0, 1):
+        words_of_job, node = find_slurm_job(slurm, task)
+        assert subprocess.run(words_of_job, **node, timeout=100).returncode == 0
+    result = run(script, *words.split(), "--report", cwd=slurm)
+    assert result.returncode == 0, result.stderr
+    lines = pd.read_csv(slurm / "out" / "ablations.csv")
+    assert lines.variant.tolist() == ["constant learning rate", "recipe"]
+    assert lines.steps.tolist() == [1024, 1024]
+
+
 def test_trains_reports_and_trains_nothing_twice(tmp_path, monkeypatch, capsys):
     """Fails when a run is missing or not told apart, is trained or counted twice, or lost."""
     monkeypatch.chdir(tmp_path)
@@ -302,11 +326,11 @@ def test_a_run_that_became_nan_counts(tmp_path, monkeypatch):
     args = ablations.Args(env_ids=["CartPole-v1"], num_seeds=1, total_timesteps=4096, save=tmp_path)
     ablations.write_copy(variant)
     jobs = ablations.make_jobs([variant], args)
-    assert ablations.train(jobs, args) == 1
+    assert ablations.train(ablations.find_unfinished(jobs, args), workers=1) == 1
     (line,) = ablations.collect(jobs, args).itertuples()
     assert (line.note, line.steps) == ("became NaN or infinite", 1024)
     assert line.total_timesteps == 4096 and line.mean_return > 8
-    assert ablations.train(jobs, args) == 0  # not again
+    assert ablations.find_unfinished(jobs, args) == []  # not again
 
 
 def make_lines(env_id: str, variant: str, returns: list[float], first: float) -> pd.DataFrame:

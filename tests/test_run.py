@@ -17,7 +17,7 @@ import pytest
 import run as run_module
 import submitit
 import torch
-from conftest import ROOT, load, scalars, wait_until
+from conftest import ROOT, find_slurm_job, load, scalars, wait_until
 
 RUN = ROOT / "benchmark" / "run.py"
 PPO = f"{sys.executable} {ROOT / 'ppo.py'}"
@@ -389,23 +389,6 @@ def test_a_queue_of_twenty(tmp_path):
     assert process.stderr.read().count(": mean return") == 20
 
 
-@pytest.fixture
-def slurm(tmp_path, monkeypatch):
-    """A folder with stand-ins for Slurm's commands on the path; `sbatch` keeps what it is given."""
-    programs = {
-        "srun": "",
-        "sbatch": 'cp "$1" submitted.sh; echo Submitted batch job 4711',
-        "scontrol": "echo $* > asked",
-        "squeue": "cat queue 2> /dev/null || true",
-        "sinfo": "echo 2; echo 4",
-    }
-    for name, body in programs.items():
-        (tmp_path / name).write_text(f"#!/bin/sh\n{body}\n")
-        (tmp_path / name).chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    return tmp_path
-
-
 def test_slurm_array(slurm):
     """Fails when Slurm misses an option, or a preempted job is not requeued or begins anew."""
     command = f"{PPO} --total-timesteps 60000 --checkpoint-interval 5"
@@ -431,18 +414,7 @@ def test_slurm_array(slurm):
     for option in wanted:
         assert f"#SBATCH --{option}\n" in submitted, option
 
-    # the job itself, as a node runs it
-    words = [*re.search(r"(\S+ -u -m submitit\S+ \S+)$", submitted).group().split()]
-    environment = os.environ | {
-        "SUBMITIT_EXECUTOR": "slurm",
-        "SLURM_JOB_ID": "4711",
-        "SLURM_ARRAY_JOB_ID": "4711",
-        "SLURM_ARRAY_TASK_ID": "2",
-        "SLURM_PROCID": "0",
-        "SLURM_LOCALID": "0",
-        "SLURM_NODEID": "0",
-    }
-    node = dict(cwd=slurm, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    words, node = find_slurm_job(slurm, 2)
     job = subprocess.Popen(words, **node)
     reached = wait_until(lambda: iteration(slurm, "CartPole-v1__ppo__2"))
     job.send_signal(signal.SIGUSR2)
