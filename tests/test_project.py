@@ -688,7 +688,8 @@ def test_effects_on_walker2d_told_in_words_were_measured():
     assert f"off, all seeds end at {min(seeds):,.0f} to {max(seeds):,.0f}:" in text
     losses = [-100 * walker[label]["change"] for label in great]
     assert f"{min(losses):.0f} to {max(losses):.0f} % of the gain are missing." in text
-    assert sum(end <= max(seeds) for end in recipe) == 2  # "only two end as low"
+    assert sum(end <= max(seeds) for end in recipe) == 2
+    assert "Only two of the recipe's ten end as low." in text
     for label in great:
         assert walker[label]["sign"] < 0 and effects[label]["Hopper-v4"]["sign"] < 0, label
     cheetah = {label: effects[label]["HalfCheetah-v4"]["sign"] for label in great}
@@ -762,7 +763,7 @@ def test_effects_on_walker2d_told_in_words_were_measured():
     of_seed = lines[lines.seed <= 5].set_index(["detail", "seed"])[["mean_return", "auc"]]
     same = (of_seed.loc["29"] == of_seed.loc["full"]).all(axis="columns")
     assert same.sum() == 2
-    assert "two of five seeds return to the last digit what the recipe's do." in text
+    assert "two of five return to the last digit what the recipe's same seeds do." in text
 
     # What the recipe's first five seeds showed, and ten do not
     of_recipe = lines[lines.detail == "full"]
