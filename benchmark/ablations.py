@@ -438,7 +438,7 @@ class Args:
     list: bool = False
     """train nothing, print the variants"""
     cluster: tyro.conf.OmitArgPrefixes[Cluster] = field(default_factory=lambda: Cluster(cpus=1))
-    """what a run, of one thread, asks of a Slurm cluster"""
+    """what a run asks of a Slurm cluster, a core for each thread at least"""
 
     def __post_init__(self):
         domain = DOMAINS[self.domain]
@@ -450,6 +450,7 @@ class Args:
 
         check(self, "num_seeds")
         check(self, "threads")
+        self.cluster.cpus = max(self.cluster.cpus, self.threads)
         if self.workers is not None:
             check(self, "workers")
 

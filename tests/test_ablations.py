@@ -215,13 +215,13 @@ def test_the_queue_goes_seed_by_seed_and_the_full_recipe_is_first(tmp_path, monk
 def test_slurm_trains_variants_too(slurm):
     """Fails when Slurm's jobs are not the variants' runs, or cannot be reported when they end."""
     words = "--variants 4 --env-ids CartPole-v1 --num-seeds 1 --total-timesteps 1024 --save out"
-    where = "--slurm --partition a100 --time 2:00:00 --workers 1"
+    where = "--slurm --partition a100 --time 2:00:00 --workers 1 --threads 2"
     script = "benchmark/ablations.py"
     result = run(script, *words.split(), *where.split(), cwd=slurm)
     assert result.returncode == 0, result.stderr
     assert "submitted 2 runs as job array 4711" in result.stdout
     submitted = (slurm / "submitted.sh").read_text()
-    for option in ("array=0-1%1", "partition=a100", "cpus-per-task=1", "time=120", "requeue"):
+    for option in ("array=0-1%1", "partition=a100", "cpus-per-task=2", "time=120", "requeue"):
         assert f"#SBATCH --{option}\n" in submitted, option
     assert not (slurm / "out").exists()
 
