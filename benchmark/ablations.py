@@ -438,7 +438,7 @@ class Args:
     list: bool = False
     """train nothing, print the variants"""
     cluster: tyro.conf.OmitArgPrefixes[Cluster] = field(default_factory=lambda: Cluster(cpus=1))
-    """what a run asks of a Slurm cluster, a core for each thread at least"""
+    """what a run asks of a Slurm cluster"""
 
     def __post_init__(self):
         domain = DOMAINS[self.domain]

@@ -74,7 +74,7 @@ class Cluster:
     time: str = "24:00:00"
     """Slurm: what a run may take before it is requeued, in minutes, HH:MM:SS or D-HH:MM:SS"""
     cpus: int = 4
-    """Slurm: cores of a run, on each node"""
+    """Slurm: cores of a run, on each node; more if its threads are more"""
     gpus: int = 0
     """Slurm: GPUs of a run, on each node"""
     memory: int = 16
@@ -126,6 +126,9 @@ class Args:
         if self.processes is None:
             self.processes = max(1, self.cluster.gpus)
         check(self, "processes")
+        if self.threads is not None:
+            cores = self.processes * self.threads
+            self.cluster.cpus = max(self.cluster.cpus, cores)
         if self.nodes > 1 and not self.cluster.slurm:
             common.refuse(f"--nodes {self.nodes}: only Slurm has several; add --slurm")
 

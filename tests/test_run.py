@@ -338,6 +338,23 @@ def test_threads_of_a_run(options, script, threads):
     assert run_module.count_threads(args, path) == threads
 
 
+@pytest.mark.parametrize(
+    ("options", "cpus"),
+    [
+        ("", 4),
+        ("--threads 8", 8),
+        ("--threads 8 --processes 2", 16),
+        ("--threads 8 --gpus 2", 16),
+        ("--threads 8 --cpus 20", 20),
+    ],
+)
+def test_slurm_has_a_core_for_each_thread(options, cpus):
+    """Fails when the threads of a run share cores, or --cpus is not heeded."""
+    words = ["--command", PPO, "--env-ids", "A", "--slurm", *options.split()]
+    args = run_module.tyro.cli(run_module.Args, args=words)
+    assert args.cluster.cpus == cpus
+
+
 def test_threads_wait_passively(tmp_path, monkeypatch):
     """Fails when threads that wait take the cores from other runs, or a user's word is ignored."""
     monkeypatch.chdir(tmp_path)
