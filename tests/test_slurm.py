@@ -1,4 +1,4 @@
-"""benchmark/run.py --slurm on a real Slurm cluster of one node, which the tests start themselves.
+"""`--slurm` of run.py and ablations.py on a Slurm cluster of one node, which the tests start.
 
 It takes Debian's packages slurm-wlm and munge, and root. tests/test_run.py has what needs neither.
 """
@@ -10,11 +10,13 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import time
 from pathlib import Path
 
+import pandas as pd
 import pytest
-from conftest import load, scalars, wait_until
+from conftest import ROOT, load, scalars, wait_until
 from test_run import PPO, iteration, run, runs, trainers
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "squeue", "sinfo", "scontrol", "scancel")
@@ -124,6 +126,28 @@ def test_an_array_trains_evaluates_and_reports(slurm, tmp_path):
     assert "| evaluated |" in (tmp_path / "out" / "x.md").read_text()
     third = run(tmp_path, command, *words)
     assert third.stdout.startswith("2 runs, of which 2 are finished\n")
+
+
+def test_variants_are_trained_and_reported(slurm, tmp_path):
+    """Fails when a variant's job does not train its copy of the script, or is queued twice."""
+    words = "--variants 4 --env-ids CartPole-v1 --num-seeds 1 --total-timesteps 10240 --save out"
+    on_slurm = "--slurm --memory 1 --time 30"
+    first = run_ablations(tmp_path, *words.split(), *on_slurm.split())
+    assert "submitted 2 runs as job array" in first
+    second = run_ablations(tmp_path, *words.split(), *on_slurm.split())
+    assert second.endswith("2 runs are in the queue already\n")
+    wait_until(lambda: not ask("squeue --noheader"), 240)
+    assert "Error" not in errors(tmp_path)
+    run_ablations(tmp_path, *words.split(), "--report")
+    lines = pd.read_csv(tmp_path / "out" / "ablations.csv")
+    assert lines.variant.tolist() == ["constant learning rate", "recipe"]
+    assert lines.steps.tolist() == [10240, 10240]
+
+
+def run_ablations(cwd: Path, *words: str) -> str:
+    """-> what ablations.py prints."""
+    command = [sys.executable, ROOT / "benchmark" / "ablations.py", *words]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=True).stdout
 
 
 def test_what_no_node_has_is_refused(slurm, tmp_path):
