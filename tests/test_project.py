@@ -312,6 +312,21 @@ def test_breakout_in_readme_is_as_good_as_it_was():
     assert f"was {mean[True]:.0f} with `--amp` and {mean[False]:.0f} without" in readme
 
 
+def test_lstm_in_readme_is_as_good_as_it_was():
+    """Fails when README's means of Breakout with an LSTM are not those of the curve."""
+    curve = pd.read_csv(ROOT / "benchmark" / "results" / "ppo_atari_lstm_curves.csv")
+    readme = " ".join((ROOT / "README.md").read_text().split())
+    assert curve.seed.nunique() == 1  # README says: one seed
+    (steps,) = curve.steps.unique()
+    assert f"With an LSTM, Breakout was trained for {steps / 1e6:.1f}M of 10M steps" in readme
+
+    last = curve[curve.step > steps - 1_000_000].mean_return
+    before = curve[curve.step.between(steps - 2_000_000, steps - 1_000_000)].mean_return
+    assert f"from {last.min():.0f} to {last.max():.0f} within the last million steps" in readme
+    average = f"their average is {last.mean():.0f}, that of the million before {before.mean():.0f}"
+    assert average in readme
+
+
 def test_starpilot_in_readme_is_as_good_as_it_was():
     """Fails when README's means of Starpilot are not those of the curves, ours and OpenAI's."""
     readme = " ".join((ROOT / "README.md").read_text().split())
