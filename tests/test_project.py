@@ -322,9 +322,9 @@ def test_lstm_in_readme_is_as_good_as_it_was():
 
     last = curve[curve.step > steps - 1_000_000].mean_return
     before = curve[curve.step.between(steps - 2_000_000, steps - 1_000_000)].mean_return
-    assert f"from {last.min():.0f} to {last.max():.0f} within the last million steps" in readme
-    average = f"their average is {last.mean():.0f}, that of the million before {before.mean():.0f}"
-    assert average in readme
+    assert f"it lies between {last.min():.0f} and {last.max():.0f}." in readme
+    averages = f"{last.mean():.0f} over these, and {before.mean():.0f} over the million before"
+    assert averages in readme
 
 
 def test_starpilot_in_readme_is_as_good_as_it_was():
