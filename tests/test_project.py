@@ -322,9 +322,10 @@ def test_lstm_in_readme_is_as_good_as_it_was():
 
     last = curve[curve.step > steps - 1_000_000].mean_return
     before = curve[curve.step.between(steps - 2_000_000, steps - 1_000_000)].mean_return
+    assert f"at the {len(curve)} points of its" in readme  # between them it may swing further
     assert f"it lies between {last.min():.0f} and {last.max():.0f}." in readme
-    averages = f"{last.mean():.0f} over these, and {before.mean():.0f} over the million before"
-    assert averages in readme
+    average = f"Its average is {last.mean():.0f} over these steps"
+    assert f"{average}, and {before.mean():.0f} over the million before." in readme
 
 
 def test_starpilot_in_readme_is_as_good_as_it_was():
