@@ -313,6 +313,16 @@ def test_breakout_in_readme_is_as_good_as_it_was():
     assert f"was {mean[True]:.0f} with `--amp` and {mean[False]:.0f} without" in readme
 
 
+def test_overtaken_trainings_are_left_out():
+    """Fails when a training stands in the results beside a later one of its command and seed."""
+    files = (ROOT / "benchmark" / "results").glob("*_runs.csv")
+    runs = pd.concat([pd.read_csv(file) for file in files])
+    runs = runs.drop_duplicates(["command", "env_id", "seed", "steps"])  # these count once
+    again = runs[runs.duplicated(["command", "env_id", "seed"], keep=False)]
+    assert sorted(again.env_id.unique()) == ["starpilot"]  # README says so
+    assert sorted(again.steps) == [2_736_128, 2_998_272]
+
+
 def test_lstm_in_readme_is_as_good_as_it_was():
     """Fails when README's means of Breakout with an LSTM are not those of the curve."""
     curve = pd.read_csv(ROOT / "benchmark" / "results" / "ppo_atari_lstm_curves.csv")
